@@ -1,0 +1,33 @@
+"""nemojax: the NVIDIA Nemotron-H / Nemotron 3 family as pure functions in JAX/Flax."""
+
+# Configuration
+from nemojax.config import Config
+from nemojax.presets import preset, preset_names
+
+# Model and state
+from nemojax.cache import AttentionState, Cache, MambaState, init_cache
+from nemojax.layers.moe import Routing
+from nemojax.model import Nemotron, Output, init_params
+
+# Parameters
+from nemojax.specs import abstract_params, num_params
+
+# Errors
+from nemojax.errors import InputError
+
+__all__ = [
+    "AttentionState",
+    "Cache",
+    "Config",
+    "InputError",
+    "MambaState",
+    "Nemotron",
+    "Output",
+    "Routing",
+    "abstract_params",
+    "init_cache",
+    "init_params",
+    "num_params",
+    "preset",
+    "preset_names",
+]

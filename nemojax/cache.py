@@ -1,0 +1,94 @@
+"""Sequence state as a value: what a call leaves behind for the next one.
+
+Every leaf has the batch as leading axis, so rows can be gathered, repeated or exchanged between caches with
+`jax.tree.map(lambda a: a[rows], cache)` (beam search, continuous batching), and an earlier cache is still valid after
+later calls (speculative decoding rolls back by keeping it).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from nemojax.config import Config
+from nemojax.errors import InputError
+from nemojax.specs import layer_name
+
+
+class MambaState(NamedTuple):
+    """State of a Mamba-2 layer.
+
+    Attributes:
+      conv: the last W-1 inputs of the convolution, in the model's dtype.
+      ssm: the state-space state, float32.
+    """
+
+    conv: Float[Array, "B W-1 G C"]
+    ssm: Float[Array, "B G H P N"]
+
+
+class AttentionState(NamedTuple):
+    """Keys and values of an attention layer, one slot a token, in the model's dtype."""
+
+    k: Float[Array, "B S G P"]
+    v: Float[Array, "B S G P"]
+
+
+class Cache(NamedTuple):
+    """State of a whole model.
+
+    Attributes:
+      layers: state of each layer that has one, by name (`layers_00`).
+      length: slots in use; every token of a call takes one, pads included.
+      documents: number of the document in each slot, 0 for pads and free slots.
+      document: number of the document that is open in each row, 0 for none yet.
+      segment: the caller's id of that document.
+    """
+
+    layers: dict[str, MambaState | AttentionState]
+    length: Int[Array, "B"]
+    documents: Int[Array, "B S"]
+    document: Int[Array, "B"]
+    segment: Int[Array, "B"]
+
+    @property
+    def max_len(self) -> int:
+        """Number of slots."""
+        return self.documents.shape[1]
+
+
+def init_cache(config: Config, batch: int, max_len: int) -> Cache:
+    """An empty cache.
+
+    Args:
+      config: the model's configuration.
+      batch: number of rows.
+      max_len: slots a row: the most tokens, pads included, that all calls together may bring.
+
+    Raises:
+      InputError: `batch` or `max_len` is not positive.
+    """
+    for name, value in (("batch", batch), ("max_len", max_len)):
+        if value < 1:
+            raise InputError(f"init_cache: {name} must be at least 1, got {value}")
+    layers = {}
+    for index, kind in enumerate(config.pattern):
+        if kind == "M":
+            layers[layer_name(index)] = init_mamba_state(config, batch)
+        elif kind == "*":
+            slots = (batch, max_len, config.num_key_value_heads, config.head_dim)
+            layers[layer_name(index)] = AttentionState(*(jnp.zeros(slots, config.np_dtype) for _ in range(2)))
+    zeros = jnp.zeros((batch,), jnp.int32)
+    return Cache(layers, zeros, jnp.zeros((batch, max_len), jnp.int32), zeros, zeros)
+
+
+def init_mamba_state(config: Config, batch: int) -> MambaState:
+    """The state before the first token: zeros."""
+    groups, heads = config.n_groups, config.mamba_heads_per_group
+    width, state = config.mamba_head_dim, config.ssm_state_size
+    conv = (batch, config.conv_kernel - 1, groups, heads * width + 2 * state)
+    return MambaState(
+        jnp.zeros(conv, config.np_dtype), jnp.zeros((batch, groups, heads, width, state), jnp.float32)
+    )

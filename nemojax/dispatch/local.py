@@ -1,0 +1,31 @@
+"""All experts on this device: sort the chosen (row, expert) pairs by expert, compute, put them back."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.expert_mlp import expert_mlp
+
+
+def dispatch(
+    x: Float[Array, "R L"],
+    ids: Int[Array, "R K"],
+    weights: Float[Array, "R K"],
+    up: Float[Array, "E F L"],
+    down: Float[Array, "E F L"],
+    *,
+    implementation: str | None = None,
+) -> Float[Array, "R L"]:
+    """See `nemojax.dispatch`."""
+    rows, chosen = ids.shape
+    with jax.named_scope("sort"):
+        order = jnp.argsort(ids.reshape(-1), stable=True)
+        group_sizes = jnp.bincount(ids.reshape(-1), length=up.shape[0])
+        x = x.at[order // chosen].get(mode="promise_in_bounds")
+        weights = weights.reshape(-1).at[order].get(mode="promise_in_bounds")
+    y = expert_mlp(x, up, down, weights, group_sizes, implementation=implementation)
+    with jax.named_scope("unsort"):
+        place = jnp.zeros_like(order).at[order].set(jnp.arange(rows * chosen), unique_indices=True)
+        return y.at[place].get(mode="promise_in_bounds").reshape(rows, chosen, -1).sum(axis=1)

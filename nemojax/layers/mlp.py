@@ -1,0 +1,47 @@
+"""Dense MLP with squared ReLU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from nemojax.config import Config
+from nemojax.layers.shell import declare
+from nemojax.segments import Segments
+from nemojax.specs import mlp_specs
+
+
+def relu2_mlp(
+    x: Float[Array, "B T D"], up: Float[Array, "F D"], down: Float[Array, "F D"]
+) -> Float[Array, "B T D"]:
+    """`relu(x up^T)^2 down` (squared ReLU, arXiv 2109.08668)."""
+    hidden = jnp.square(jax.nn.relu(jnp.einsum("btd,fd->btf", x, up)))
+    return jnp.einsum("btf,fd->btd", hidden, down)
+
+
+def mlp(
+    params: dict[str, Any],
+    x: Float[Array, "B T D"],
+    state: None = None,
+    *,
+    config: Config,
+    segments: Segments = Segments(),
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B T D"], None]:
+    """The `-` layer; see `relu2_mlp`. It has no sequence state, and every token is computed alone."""
+    del state, config, segments, implementation
+    return relu2_mlp(x, params["up_proj"], params["down_proj"]), None
+
+
+class MLP(nn.Module):
+    """Flax shell of `mlp`."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, x, state=None, **options):
+        return mlp(declare(self, mlp_specs(self.config)), x, state, config=self.config, **options)

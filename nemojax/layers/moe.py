@@ -1,0 +1,111 @@
+"""Mixture of experts: sigmoid router, routed squared-ReLU experts (LatentMoE where configured), shared expert."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jaxtyping import Array, Float, Int
+
+from nemojax.config import Config
+from nemojax.dispatch import local
+from nemojax.layers.mlp import relu2_mlp
+from nemojax.layers.shell import declare
+from nemojax.segments import Segments
+from nemojax.specs import moe_specs
+
+
+class Routing(NamedTuple):
+    """What the router decided.
+
+    Attributes:
+      ids: chosen experts, best first.
+      weights: weight of each, float32, `routed_scaling_factor` included.
+      scores: sigmoid score of every expert, float32, without the correction bias.
+    """
+
+    ids: Int[Array, "B T K"]
+    weights: Float[Array, "B T K"]
+    scores: Float[Array, "B T E"]
+
+
+def route(params: dict[str, Any], x: Float[Array, "B T D"], *, config: Config) -> Routing:
+    """Chooses experts, all in float32 (bf16 scores or bias change the choice).
+
+    The correction bias (arXiv 2408.15664) takes part in the choice and not in the weights. With groups, the experts of
+    the `topk_group` groups with the largest sum of two best biased scores are eligible.
+    """
+    logits = jnp.einsum("btd,ed->bte", x.astype(jnp.float32), params["gate"].astype(jnp.float32))
+    scores = jax.nn.sigmoid(logits)
+    choice = scores + params["correction_bias"].astype(jnp.float32)
+    if config.n_group > 1:
+        choice = _keep_best_groups(choice, config.n_group, config.topk_group)
+    _, ids = jax.lax.top_k(choice, config.num_experts_per_tok)
+    weights = jnp.take_along_axis(scores, ids, axis=-1)
+    if config.norm_topk_prob:
+        weights = weights / (weights.sum(axis=-1, keepdims=True) + 1e-20)
+    return Routing(ids, weights * config.routed_scaling_factor, scores)
+
+
+def _keep_best_groups(choice, groups, keep):
+    grouped = rearrange(choice, "b t (g e) -> b t g e", g=groups)
+    best_two, _ = jax.lax.top_k(grouped, 2)
+    _, kept = jax.lax.top_k(best_two.sum(axis=-1), keep)
+    eligible = jax.nn.one_hot(kept, groups, dtype=bool).any(axis=-2)
+    return rearrange(jnp.where(eligible[..., None], grouped, -jnp.inf), "b t g e -> b t (g e)")
+
+
+def moe(
+    params: dict[str, Any],
+    x: Float[Array, "B T D"],
+    state: None = None,
+    *,
+    config: Config,
+    segments: Segments = Segments(),
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B T D"], Routing]:
+    """`latent_out(sum_k w_k expert_k(latent_in(x))) + shared(x)`; router and shared expert see the full width.
+
+    Every token is computed alone: no capacity, nothing dropped. The second result is the routing, for a look inside.
+
+    Args:
+      params: leaves of `specs.moe_specs`.
+      x: normalised input.
+      state: None; experts have no sequence state.
+      config: the model's configuration.
+      segments: not used.
+      implementation: of the expert kernel; None for the default.
+    """
+    del state, segments
+    with jax.named_scope("router"):
+        routing = route(params, x, config=config)
+    with jax.named_scope("experts"):
+        u = x
+        if config.moe_latent_size is not None:
+            u = jnp.einsum("btd,ld->btl", x, params["latent_in_proj"])
+        y = local.dispatch(
+            rearrange(u, "b t l -> (b t) l"),
+            rearrange(routing.ids, "b t k -> (b t) k"),
+            rearrange(routing.weights, "b t k -> (b t) k"),
+            params["experts_up_proj"],
+            params["experts_down_proj"],
+            implementation=implementation,
+        )
+        y = y.astype(x.dtype).reshape(u.shape)
+        if config.moe_latent_size is not None:
+            y = jnp.einsum("btl,dl->btd", y, params["latent_out_proj"])
+    with jax.named_scope("shared_expert"):
+        return y + relu2_mlp(x, params["shared_up_proj"], params["shared_down_proj"]), routing
+
+
+class MoE(nn.Module):
+    """Flax shell of `moe`."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, x, state=None, **options):
+        return moe(declare(self, moe_specs(self.config)), x, state, config=self.config, **options)

@@ -1,0 +1,48 @@
+"""Multi-token prediction: one more block that predicts the token after the next."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from nemojax.config import Config
+from nemojax.layers.block import block
+from nemojax.layers.norm import rms_norm
+from nemojax.segments import Segments
+from nemojax.specs import layer_name
+
+
+def mtp(
+    params: dict[str, Any],
+    hidden: Float[Array, "B T D"],
+    next_embedding: Float[Array, "B T D"],
+    *,
+    config: Config,
+    segments: Segments = Segments(),
+    implementation: str | None = None,
+) -> Float[Array, "B T D"]:
+    """Hidden state from which the shared head predicts token t+2 (arXiv 2512.20856; Megatron-LM's layer order).
+
+    Args:
+      params: leaves of `specs.mtp_specs`.
+      hidden: of the backbone at t, after its final norm; or of this block, to look one token further.
+      next_embedding: embedding of token t+1.
+      config: the model's configuration.
+      segments: documents and padding; the last token of a document has no next one and should be a pad here.
+      implementation: of the kernels; None for the default.
+    """
+    eps = config.layer_norm_epsilon
+    with jax.named_scope("eh_proj"):
+        both = (rms_norm(next_embedding, params["enorm"], eps), rms_norm(hidden, params["hnorm"], eps))
+        x = jnp.einsum("bte,de->btd", jnp.concatenate(both, axis=-1), params["eh_proj"])
+    for index, kind in enumerate(config.mtp_pattern):
+        name = layer_name(index)
+        with jax.named_scope(name):
+            out = block(
+                params[name], x, kind=kind, config=config, segments=segments, implementation=implementation
+            )
+            x = out.x
+    return rms_norm(x, params["final_layernorm"], eps)

@@ -1,0 +1,103 @@
+"""The Flax module and what a call returns."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from nemojax import checks, forward
+from nemojax.cache import Cache
+from nemojax.config import Config
+from nemojax.layers.shell import declare
+from nemojax.specs import model_specs
+
+
+class Output(NamedTuple):
+    """Result of a forward pass.
+
+    Attributes:
+      logits: float32; position t predicts token t+1 of its document. Unspecified at pads.
+      cache: state after the call; None unless a cache was given.
+      mtp_logits: with `mtp=True`, position t uses token t+1 and predicts token t+2; unspecified where the document has
+        no token t+1.
+      captured: what `capture` asked for, one entry a layer that has it: `resid_pre`, `resid_post`, `mixer_out`
+        [B, T, D]; `router` (`Routing`, expert layers); `ssm_state` [B, G, H, P, N] after the call (Mamba-2 layers).
+    """
+
+    logits: Float[Array, "B T V"]
+    cache: Cache | None = None
+    mtp_logits: Float[Array, "B T V"] | None = None
+    captured: dict[str, list] | None = None
+
+
+class Nemotron(nn.Module):
+    """A Nemotron-H / Nemotron 3 language model.
+
+    `model.init(key, tokens)["params"]` makes parameters; `model.apply({"params": params}, tokens, ...)` is a pure
+    function to hand to `jax.jit`, `jax.grad` and the rest of JAX.
+
+    Attributes:
+      config: the model's configuration.
+      implementation: of every kernel; None for the default of each.
+    """
+
+    config: Config
+    implementation: str | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"] | None = None,
+        cache: Cache | None = None,
+        *,
+        mtp: bool = False,
+        capture: tuple[str, ...] = (),
+    ) -> Output:
+        """Runs the model.
+
+        Args:
+          tokens: ids, int32.
+          segment_ids: 0 is padding (left, right or between documents; the token there may be anything), equal positive
+            ids are one document, a document is contiguous. None: each row is one document without padding, and with a
+            cache it continues the row's document.
+          cache: state of earlier calls. The first document of a row continues the cached one if it has its id.
+          mtp: also run the multi-token prediction block (not together with a cache).
+          capture: names of `Output.captured`.
+
+        Raises:
+          InputError: an argument has a wrong shape, dtype or value, as far as values are known outside `jax.jit`.
+            Inside it, an id out of range or a full cache gives NaN logits for the row instead.
+        """
+        tokens, segment_ids = checks.call(self.config, tokens, segment_ids, cache, mtp, capture)
+        params = declare(self, model_specs(self.config))
+        run = forward.backbone(
+            params,
+            tokens,
+            segment_ids,
+            cache,
+            config=self.config,
+            capture=tuple(capture),
+            implementation=self.implementation,
+        )
+        predicted = None
+        if mtp:
+            predicted = forward.mtp_logits(
+                params,
+                tokens,
+                run.hidden,
+                run.segments,
+                config=self.config,
+                implementation=self.implementation,
+            )
+        logits = forward.head(params, run.hidden, self.config)
+        return Output(logits, run.cache, predicted, run.captured if capture else None)
+
+
+def init_params(config: Config, key: jax.Array) -> dict[str, Any]:
+    """Fresh parameters; same values as `Nemotron(config).init`, without running the model."""
+    return Nemotron(config).init(key, jnp.zeros((1, 1), jnp.int32))["params"]

@@ -1,0 +1,24 @@
+"""Packed documents and padding, as every operation sees them.
+
+`documents` is int32 [B, T]: 0 marks padding, positive numbers mark documents and never decrease along a row (pads
+aside), so a token belongs to the same document as an earlier one exactly if their numbers are equal. `None` means that
+the whole row is one document without padding. State that comes from earlier tokens belongs to the document
+`initial_document` [B].
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+
+def current(documents: Int[Array, "B T"], initial_document: Int[Array, "B"]) -> Int[Array, "B T"]:
+    """The document that is open at each position: at a pad, that of the last token before it."""
+    seen = jnp.maximum(documents, initial_document[:, None])
+    return jax.lax.cummax(seen, axis=1)
+
+
+def last(documents: Int[Array, "B T"], initial_document: Int[Array, "B"]) -> Int[Array, "B"]:
+    """The document that is open after the last position."""
+    return jnp.maximum(documents.max(axis=1, initial=0), initial_document)

@@ -1,0 +1,3 @@
+from pallas_kernels.expert_mlp.api import expert_mlp
+
+__all__ = ["expert_mlp"]

@@ -1,0 +1,43 @@
+"""Two-layer squared-ReLU MLP of many experts over rows sorted by expert."""
+
+from __future__ import annotations
+
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.choice import choose
+from pallas_kernels.expert_mlp import reference, xla
+
+IMPLEMENTATIONS = {"xla": xla.expert_mlp, "reference": reference.expert_mlp}
+
+
+def expert_mlp(
+    x: Float[Array, "R L"],
+    up: Float[Array, "E F L"],
+    down: Float[Array, "E F L"],
+    weights: Float[Array, "R"],
+    group_sizes: Int[Array, "E"],
+    *,
+    implementation: str | None = None,
+) -> Float[Array, "R L"]:
+    """`y[r] = weights[r] * relu(x[r] up[e]^T)^2 down[e]` with e the expert of row r.
+
+    Args:
+      x: rows sorted by expert: the first `group_sizes[0]` belong to expert 0, and so on; R >= sum(group_sizes).
+      up: input vectors of the hidden units. down: output vectors of the same units.
+      weights: router weight of each row, float32.
+      group_sizes: rows of each expert; any may be 0.
+      implementation: `"xla"`, `"reference"`, or None for the default.
+
+    Returns:
+      float32 rows; zero beyond the last group.
+
+    Raises:
+      ValueError: shapes that do not belong together.
+    """
+    fits = up.shape == down.shape and up.shape[0] == group_sizes.shape[0] and up.shape[2] == x.shape[1]
+    if not fits or weights.shape != x.shape[:1]:
+        raise ValueError(
+            f"expert_mlp: x {x.shape}, up {up.shape}, down {down.shape}, weights {weights.shape} and "
+            f"group_sizes {group_sizes.shape} do not fit together"
+        )
+    return choose("expert_mlp", IMPLEMENTATIONS, implementation)(x, up, down, weights, group_sizes)

@@ -1,0 +1,52 @@
+"""Causal grouped-query attention with packed documents and a cached prefix."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.choice import choose
+from pallas_kernels.flash_attention import reference, xla
+
+IMPLEMENTATIONS = {"xla": xla.flash_attention, "reference": reference.flash_attention}
+
+
+def flash_attention(
+    q: Float[Array, "B T H P"],
+    k: Float[Array, "B S G P"],
+    v: Float[Array, "B S G P"],
+    *,
+    start: Int[Array, "B"] | None = None,
+    documents: Int[Array, "B T"] | None = None,
+    key_documents: Int[Array, "B S"] | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B T H P"], Float[Array, "B T H"]]:
+    """`softmax(q k^T / sqrt(P)) v` over the visible keys, head h using key/value head `h // (H / G)`.
+
+    Query t of row b stands at position `start[b] + t` of the key sequence. It sees key s if `s <= start[b] + t` and,
+    with documents, if both belong to the same one; a pad (document 0) sees nothing and is seen by nothing.
+
+    Args:
+      q: queries.
+      k: keys; S >= start + T, later slots are not read. v: values.
+      start: position of the first query of each row; default 0.
+      documents: see `pallas_kernels.documents`. key_documents: the same of the keys; give both or neither.
+      implementation: `"xla"`, `"reference"`, or None for the default.
+
+    Returns:
+      The output in q's dtype (zero where nothing is visible) and the log-sum-exp of the scores, float32 (-inf there).
+
+    Raises:
+      ValueError: shapes that do not belong together.
+    """
+    (batch, length, heads, width), (_, size, groups, _) = q.shape, k.shape
+    if k.shape != v.shape or k.shape[0] != batch or k.shape[3] != width or heads % groups:
+        raise ValueError(f"flash_attention: q {q.shape}, k {k.shape} and v {v.shape} do not fit together")
+    if size < length:
+        raise ValueError(f"flash_attention: {length} queries but only {size} keys")
+    if (documents is None) != (key_documents is None):
+        raise ValueError("flash_attention: give both documents and key_documents, or neither")
+    if start is None:
+        start = jnp.zeros((batch,), jnp.int32)
+    run = choose("flash_attention", IMPLEMENTATIONS, implementation)
+    return run(q, k, v, start, documents, key_documents)

@@ -1,0 +1,3 @@
+from pallas_kernels.ssd.api import ssd
+
+__all__ = ["ssd"]

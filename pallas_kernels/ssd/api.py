@@ -1,0 +1,84 @@
+"""State-space duality: the Mamba-2 scan."""
+
+from __future__ import annotations
+
+import math
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.choice import choose
+from pallas_kernels.ssd import reference, xla
+
+IMPLEMENTATIONS = {"xla": xla.ssd, "reference": reference.ssd}
+
+
+def ssd(
+    x: Float[Array, "B T G H P"],
+    dt: Float[Array, "B T G H"],
+    A: Float[Array, "G H"],
+    B: Float[Array, "B T G N"],
+    C: Float[Array, "B T G N"],
+    D: Float[Array, "G H"],
+    dt_bias: Float[Array, "G H"],
+    *,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    initial_state: Float[Array, "B G H P N"] | None = None,
+    documents: Int[Array, "B T"] | None = None,
+    initial_document: Int[Array, "B"] | None = None,
+    chunk_size: int = 128,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B T G H P"], Float[Array, "B G H P N"]]:
+    """The selective state-space recurrence of Mamba-2 (arXiv 2405.21060, section 6).
+
+    With `dt' = clip(softplus(dt + dt_bias), *dt_limit)`, per head and in float32:
+    `S_t = exp(dt'_t A) S_{t-1} + dt'_t x_t B_t^T` and `y_t = S_t C_t + D x_t`. A document starts from S = 0, a pad
+    leaves S as it is.
+
+    Args:
+      x: inputs, H heads in each of G groups that share B and C.
+      dt: step sizes before bias and softplus.
+      A: negative decay rates, float32.
+      B: input projections. C: output projections.
+      D: skip weights, float32.
+      dt_bias: float32.
+      dt_limit: smallest and largest step size.
+      initial_state: state before the first token, float32; default zero.
+      documents: see `pallas_kernels.documents`.
+      initial_document: document that `initial_state` belongs to; default 0 (none) with `documents`.
+      chunk_size: tokens a chunk; changes the blocking, not the result.
+      implementation: `"xla"`, `"reference"`, or None for the default.
+
+    Returns:
+      y in x's dtype (unspecified at pads) and the state after the last token, float32.
+
+    Raises:
+      ValueError: shapes that do not belong together, or a chunk size below 1.
+    """
+    batch, _, groups, heads, width = x.shape
+    state = (batch, groups, heads, width, B.shape[-1])
+    if dt.shape != x.shape[:4] or B.shape != C.shape or B.shape[:3] != x.shape[:3]:
+        raise ValueError(f"ssd: x {x.shape}, dt {dt.shape}, B {B.shape} and C {C.shape} do not fit together")
+    if chunk_size < 1:
+        raise ValueError(f"ssd: chunk_size must be at least 1, got {chunk_size}")
+    if initial_state is None:
+        initial_state = jnp.zeros(state, jnp.float32)
+    if initial_state.shape != state:
+        raise ValueError(f"ssd: initial_state {initial_state.shape}, expected {state}")
+    if documents is not None and initial_document is None:
+        initial_document = jnp.zeros((batch,), documents.dtype)
+    run = choose("ssd", IMPLEMENTATIONS, implementation)
+    return run(
+        x,
+        dt,
+        A,
+        B,
+        C,
+        D,
+        dt_bias,
+        dt_limit,
+        initial_state.astype(jnp.float32),
+        documents,
+        initial_document,
+        chunk_size,
+    )
