@@ -1,19 +1,18 @@
 """nemojax: the NVIDIA Nemotron-H / Nemotron 3 family as pure functions in JAX/Flax."""
 
 # Configuration
-from nemojax.config import Config
-from nemojax.presets import preset, preset_names
-
 # Model and state
 from nemojax.cache import AttentionState, Cache, MambaState, init_cache
-from nemojax.layers.moe import Routing
-from nemojax.model import Nemotron, Output, init_params
-
-# Parameters
-from nemojax.specs import abstract_params, num_params
+from nemojax.config import Config
 
 # Errors
 from nemojax.errors import InputError
+from nemojax.layers.moe import Routing
+from nemojax.model import Nemotron, Output, init_params
+from nemojax.presets import preset, preset_names
+
+# Parameters
+from nemojax.specs import abstract_params, num_params
 
 __all__ = [
     "AttentionState",

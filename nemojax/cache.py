@@ -89,6 +89,4 @@ def init_mamba_state(config: Config, batch: int) -> MambaState:
     groups, heads = config.n_groups, config.mamba_heads_per_group
     width, state = config.mamba_head_dim, config.ssm_state_size
     conv = (batch, config.conv_kernel - 1, groups, heads * width + 2 * state)
-    return MambaState(
-        jnp.zeros(conv, config.np_dtype), jnp.zeros((batch, groups, heads, width, state), jnp.float32)
-    )
+    return MambaState(jnp.zeros(conv, config.np_dtype), jnp.zeros((batch, groups, heads, width, state), jnp.float32))

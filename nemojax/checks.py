@@ -28,29 +28,21 @@ def call(
     if segment_ids is not None:
         segment_ids = ids("segment_ids", segment_ids)
         if segment_ids.shape != tokens.shape:
-            raise InputError(
-                f"segment_ids has shape {segment_ids.shape}, tokens {tokens.shape}; they must be equal"
-            )
+            raise InputError(f"segment_ids has shape {segment_ids.shape}, tokens {tokens.shape}; they must be equal")
         if known(segment_ids):
             _check_documents(np.asarray(segment_ids))
     if known(tokens):
         vocabulary(config, "tokens", tokens, segment_ids)
     if isinstance(capture, str):
-        raise InputError(
-            f"capture must be a tuple of names, got the string {capture!r}; write ({capture!r},)"
-        )
+        raise InputError(f"capture must be a tuple of names, got the string {capture!r}; write ({capture!r},)")
     for name in capture:
         if name not in CAPTURES:
             raise InputError(f"capture has unknown name {name!r}; known: {', '.join(CAPTURES)}")
     if mtp and not config.mtp_pattern:
-        raise InputError(
-            "mtp=True, but the configuration has no multi-token prediction block (mtp_pattern is empty)"
-        )
+        raise InputError("mtp=True, but the configuration has no multi-token prediction block (mtp_pattern is empty)")
     if cache is not None:
         if mtp:
-            raise InputError(
-                "mtp=True cannot be combined with a cache; run the multi-token block on whole sequences"
-            )
+            raise InputError("mtp=True cannot be combined with a cache; run the multi-token block on whole sequences")
         _check_cache(config, cache, tokens.shape)
     return tokens, segment_ids
 
@@ -61,14 +53,8 @@ def ids(name: str, value: Any) -> jax.Array:
     if not np.issubdtype(array.dtype, np.integer):
         raise InputError(f"{name} must hold integers, got dtype {array.dtype}")
     if array.ndim != 2 or 0 in array.shape:
-        raise InputError(
-            f"{name} must have shape [batch, tokens] with at least one of each, got {array.shape}"
-        )
-    if (
-        array.dtype.itemsize > 4
-        and known(array)
-        and np.any(np.abs(np.asarray(array)) > np.iinfo(np.int32).max)
-    ):
+        raise InputError(f"{name} must have shape [batch, tokens] with at least one of each, got {array.shape}")
+    if array.dtype.itemsize > 4 and known(array) and np.any(np.abs(np.asarray(array)) > np.iinfo(np.int32).max):
         raise InputError(f"{name} has values that do not fit int32")
     return jnp.asarray(array, jnp.int32)
 
@@ -91,9 +77,7 @@ def vocabulary(config: Config, name: str, tokens: Any, segment_ids: Any) -> None
 def _check_documents(segment_ids: np.ndarray) -> None:
     if (segment_ids < 0).any():
         row, column = (int(i) for i in np.argwhere(segment_ids < 0)[0])
-        raise InputError(
-            f"segment_ids[{row}, {column}] is {segment_ids[row, column]}; ids are 0 (padding) or positive"
-        )
+        raise InputError(f"segment_ids[{row}, {column}] is {segment_ids[row, column]}; ids are 0 (padding) or positive")
     previous = np.pad(segment_ids[:, :-1], ((0, 0), (1, 0)))
     for row, column in np.argwhere((segment_ids != previous) & (segment_ids > 0)):
         if segment_ids[row, column] in segment_ids[row, :column]:
@@ -108,9 +92,7 @@ def _check_cache(config: Config, cache: Cache, shape: tuple[int, int]) -> None:
         raise InputError(f"cache must come from init_cache or an earlier call, got {type(cache).__name__}")
     batch, length = shape
     if cache.length.shape != (batch,):
-        raise InputError(
-            f"cache has {cache.length.shape[0]} rows, tokens {batch}; make it with batch={batch}"
-        )
+        raise InputError(f"cache has {cache.length.shape[0]} rows, tokens {batch}; make it with batch={batch}")
     kinds = {kind: sum(1 for k in config.pattern if k == kind) for kind in "M*"}
     if len(cache.layers) != sum(kinds.values()):
         raise InputError(

@@ -153,9 +153,7 @@ def _check_types(c: Config) -> None:
                 _refuse(f"eos_token_id must be an int or a tuple of ints, got {value!r}")
             continue
         if field.name == "time_step_limit":
-            if not (
-                isinstance(value, tuple) and len(value) == 2 and all(isinstance(v, float) for v in value)
-            ):
+            if not (isinstance(value, tuple) and len(value) == 2 and all(isinstance(v, float) for v in value)):
                 _refuse(f"time_step_limit must be two floats (low, high), got {value!r}")
             continue
         expected = {"str": str, "bool": bool, "float": (float, int)}.get(str(field.type), int)
@@ -175,9 +173,7 @@ def _check_pattern(c: Config) -> None:
                 known = ", ".join(f"'{k}' {v}" for k, v in LAYER_KINDS.items())
                 _refuse(f"{name} has unknown layer letter {letter!r} at position {position}; known: {known}")
     if c.mtp_pattern and set(c.mtp_pattern) - set("*E-"):
-        _refuse(
-            f"mtp_pattern {c.mtp_pattern!r} has a Mamba-2 layer; only '*', 'E' and '-' occur in MTP blocks"
-        )
+        _refuse(f"mtp_pattern {c.mtp_pattern!r} has a Mamba-2 layer; only '*', 'E' and '-' occur in MTP blocks")
 
 
 def _check_positive(c: Config) -> None:

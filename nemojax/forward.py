@@ -96,9 +96,7 @@ def head(params: dict[str, Any], hidden: Float[Array, "*B D"], config: Config) -
     """Logits, accumulated and returned in float32."""
     table = params["embed" if config.tie_word_embeddings else "lm_head"]
     with jax.named_scope("lm_head"):
-        return jnp.einsum(
-            "...d,vd->...v", hidden, table.astype(hidden.dtype), preferred_element_type=jnp.float32
-        )
+        return jnp.einsum("...d,vd->...v", hidden, table.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
 
 def mtp_logits(

@@ -101,18 +101,14 @@ def _parse(raw: dict) -> Config:
         raise InputError(f"model_type is {model_type!r}; only 'nemotron_h' models are supported")
     for key, allowed in _SUPPORTED_VALUES.items():
         if key in raw and raw[key] not in allowed:
-            raise InputError(
-                f"{key} is {raw[key]!r}; only {allowed[0]!r} is supported (every released model has it)"
-            )
+            raise InputError(f"{key} is {raw[key]!r}; only {allowed[0]!r} is supported (every released model has it)")
     pattern = _pattern(raw)
     if "E" in pattern and raw.get("n_shared_experts", 1) != 1:
         raise InputError(f"n_shared_experts is {raw['n_shared_experts']!r}; only 1 is supported")
     mtp_pattern = _mtp_pattern(raw)
     fields: dict[str, Any] = {"pattern": pattern, "mtp_pattern": mtp_pattern}
     for name in _PLAIN_FIELDS:
-        if name in raw and (
-            raw[name] is not None or name in ("moe_latent_size", "bos_token_id", "pad_token_id")
-        ):
+        if name in raw and (raw[name] is not None or name in ("moe_latent_size", "bos_token_id", "pad_token_id")):
             fields[name] = raw[name]
     for name, keys in _ALIASES.items():
         present = [k for k in keys if raw.get(k) is not None]
@@ -152,9 +148,7 @@ def _pattern(raw: dict) -> str:
         if raw.get(key) is not None:
             found[key] = _letters_from_list(raw, key)
     if not found:
-        raise InputError(
-            "neither hybrid_override_pattern nor layers_block_type is given; the layer order is unknown"
-        )
+        raise InputError("neither hybrid_override_pattern nor layers_block_type is given; the layer order is unknown")
     if len(set(found.values())) > 1:
         raise InputError(f"{' and '.join(found)} describe different layers; keep one")
     key, pattern = next(iter(found.items()))
@@ -169,9 +163,7 @@ def _mtp_pattern(raw: dict) -> str:
     if depth == 0:
         return ""
     if depth != 1:
-        raise InputError(
-            f"num_nextn_predict_layers is {depth!r}; 0 or 1 is supported (every released model has it)"
-        )
+        raise InputError(f"num_nextn_predict_layers is {depth!r}; 0 or 1 is supported (every released model has it)")
     if raw.get("mtp_hybrid_override_pattern") is not None:
         return _letters_from_string(raw, "mtp_hybrid_override_pattern")
     if raw.get("mtp_layers_block_type") is not None:
@@ -230,9 +222,7 @@ def config_to_hf(config: Config) -> dict[str, Any]:
     for name in Config.__dataclass_fields__:
         if name not in ("pattern", "mtp_pattern", "time_step_limit", "eos_token_id", "dtype"):
             out[name] = getattr(config, name)
-    out["eos_token_id"] = (
-        list(config.eos_token_id) if isinstance(config.eos_token_id, tuple) else config.eos_token_id
-    )
+    out["eos_token_id"] = list(config.eos_token_id) if isinstance(config.eos_token_id, tuple) else config.eos_token_id
     out["torch_dtype"] = config.dtype
     out["hybrid_override_pattern"] = config.pattern
     out["num_hidden_layers"] = config.num_layers

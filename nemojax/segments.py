@@ -31,6 +31,9 @@ class Segments(NamedTuple):
     slots: Int[Array, "B S"] | None = None
 
 
+ALONE = Segments()
+
+
 def number_documents(
     segment_ids: Int[Array, "B T"], document: Int[Array, "B"], segment: Int[Array, "B"]
 ) -> tuple[Int[Array, "B T"], Int[Array, "B"], Int[Array, "B"]]:
@@ -52,22 +55,18 @@ def number_documents(
     begins = is_real & ~continues
     numbers = document[:, None] + jnp.cumsum(begins, axis=1)
     last = segment_ids.shape[1] - 1 - jnp.argmax(is_real[:, ::-1], axis=1)
-    segment = jnp.where(
-        is_real.any(axis=1), jnp.take_along_axis(segment_ids, last[:, None], axis=1)[:, 0], segment
-    )
+    segment = jnp.where(is_real.any(axis=1), jnp.take_along_axis(segment_ids, last[:, None], axis=1)[:, 0], segment)
     return jnp.where(is_real, numbers, 0), numbers[:, -1], segment
 
 
-def enter(
-    segment_ids: Int[Array, "B T"] | None, cache: Cache | None, length: int
-) -> tuple[Segments, Cache | None]:
+def enter(segment_ids: Int[Array, "B T"] | None, cache: Cache | None, length: int) -> tuple[Segments, Cache | None]:
     """Segments of a call of `length` tokens, and the cache with its bookkeeping (not its layers) moved on.
 
     Without ids, every token continues the open document of its row; a fresh cache starts document 1.
     """
     if cache is None:
         if segment_ids is None:
-            return Segments(), None
+            return ALONE, None
         none = jnp.zeros((segment_ids.shape[0],), jnp.int32)
         documents, _, _ = number_documents(segment_ids, none, none)
         return Segments(documents, none), None
@@ -83,9 +82,7 @@ def enter(
 
 def write_slots(slots: Array, values: Array, start: Int[Array, "B"]) -> Array:
     """Writes `values` [B, T, ...] into `slots` [B, S, ...] from slot `start[b]` on."""
-    write = lambda row, value, at: jax.lax.dynamic_update_slice_in_dim(
-        row, value.astype(row.dtype), at, axis=0
-    )
+    write = lambda row, value, at: jax.lax.dynamic_update_slice_in_dim(row, value.astype(row.dtype), at, axis=0)
     if slots.shape[0] == 1:
         return write(slots[0], values[0], start[0])[None]
     return jax.vmap(write)(slots, values, start)

@@ -115,9 +115,7 @@ def mamba2_specs(config: Config) -> Specs:
         "D": ParamSpec((groups, heads), ("groups", None), f32, constant(1.0)),
         "dt_bias": ParamSpec((groups, heads), ("groups", None), f32, _dt_bias(c)),
         "norm": ParamSpec((groups, inner), ("groups", None), dtype, constant(1.0)),
-        "out_proj": ParamSpec(
-            (c.hidden_size, groups, inner), ("embed", "groups", None), dtype, normal(out_std)
-        ),
+        "out_proj": ParamSpec((c.hidden_size, groups, inner), ("embed", "groups", None), dtype, normal(out_std)),
     }
     if not c.use_conv_bias:
         del specs["conv_bias"]
@@ -186,9 +184,7 @@ def layer_specs(config: Config, kind: str) -> Specs:
 def mtp_specs(config: Config) -> Specs:
     """Multi-token prediction block (no embedding or head of its own)."""
     width = config.hidden_size
-    eh_proj = ParamSpec(
-        (width, 2 * width), ("embed", None), config.np_dtype, normal(config.initializer_range)
-    )
+    eh_proj = ParamSpec((width, 2 * width), ("embed", None), config.np_dtype, normal(config.initializer_range))
     return {
         "enorm": norm_spec(config),
         "hnorm": norm_spec(config),

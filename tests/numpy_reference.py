@@ -193,9 +193,7 @@ def mlp_mixer(config: dict, tensors: Tensors, prefix: str, x: np.ndarray) -> np.
     return linear(tensors, f"{prefix}.down_proj", np.maximum(up, 0.0) ** 2)
 
 
-def moe_mixer(
-    config: dict, tensors: Tensors, prefix: str, x: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def moe_mixer(config: dict, tensors: Tensors, prefix: str, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """[T, D] -> out [T, D], router ids [T, K], router weights [T, K].
 
     out = fc2_latent(sum_k w_k expert_k(fc1_latent(x))) + shared(x). The router and the shared expert see x
@@ -247,9 +245,7 @@ def mtp_block(config: dict, tensors: Tensors, embedding: np.ndarray, hidden: np.
     return rms_norm(config, tensors, f"mtp.layers.{len(kinds) - 1}.final_layernorm", x)
 
 
-def forward(
-    config: dict, tensors: Tensors, tokens: np.ndarray
-) -> dict[str, np.ndarray | dict[int, np.ndarray]]:
+def forward(config: dict, tensors: Tensors, tokens: np.ndarray) -> dict[str, np.ndarray | dict[int, np.ndarray]]:
     """Whole forward pass over one unpadded document, tokens [T]; everything returned in float64.
 
     x = Emb(tokens); x += Mixer(RMSNorm(x)) per layer; hidden = RMSNorm_f(x); logits = lm_head(hidden).

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from nemojax.cache import AttentionState
 from nemojax.config import Config
 from nemojax.layers.shell import declare
-from nemojax.segments import Segments, write_slots
+from nemojax.segments import ALONE, Segments, write_slots
 from nemojax.specs import attention_specs
 from pallas_kernels.flash_attention import flash_attention
 
@@ -23,7 +23,7 @@ def attention(
     state: AttentionState | None = None,
     *,
     config: Config,
-    segments: Segments = Segments(),
+    segments: Segments = ALONE,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B T D"], AttentionState]:
     """Causal attention over the tokens of the same document, earlier calls included.
@@ -45,9 +45,7 @@ def attention(
     if state is None:
         state, key_documents = AttentionState(k, v), segments.documents
     else:
-        state = AttentionState(
-            *(write_slots(s, new, segments.start) for s, new in zip(state, (k, v), strict=True))
-        )
+        state = AttentionState(*(write_slots(s, new, segments.start) for s, new in zip(state, (k, v), strict=True)))
         key_documents = segments.slots
     with jax.named_scope("attention"):
         y, _ = flash_attention(

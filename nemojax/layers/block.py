@@ -13,7 +13,7 @@ from nemojax.layers.mamba2 import mamba2
 from nemojax.layers.mlp import mlp
 from nemojax.layers.moe import moe
 from nemojax.layers.norm import rms_norm
-from nemojax.segments import Segments
+from nemojax.segments import ALONE, Segments
 
 MIXERS = {"M": mamba2, "*": attention, "E": moe, "-": mlp}
 
@@ -39,7 +39,7 @@ def block(
     *,
     kind: str,
     config: Config,
-    segments: Segments = Segments(),
+    segments: Segments = ALONE,
     implementation: str | None = None,
 ) -> BlockOutput:
     """Runs the layer of letter `kind`. See the mixers for the arguments."""

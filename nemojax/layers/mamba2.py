@@ -14,7 +14,7 @@ from nemojax.cache import MambaState
 from nemojax.config import Config
 from nemojax.layers.norm import gated_rms_norm
 from nemojax.layers.shell import declare
-from nemojax.segments import Segments
+from nemojax.segments import ALONE, Segments
 from nemojax.specs import mamba2_specs
 from pallas_kernels.causal_conv1d import causal_conv1d
 from pallas_kernels.ssd import ssd
@@ -26,7 +26,7 @@ def mamba2(
     state: MambaState | None = None,
     *,
     config: Config,
-    segments: Segments = Segments(),
+    segments: Segments = ALONE,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B T D"], MambaState]:
     """Projection, causal convolution, state-space scan, gated norm, projection.
@@ -74,9 +74,7 @@ def mamba2(
             **carried,
         )
     with jax.named_scope("out_proj"):
-        y = gated_rms_norm(
-            rearrange(y, "b t g h p -> b t g (h p)"), z, params["norm"], config.layer_norm_epsilon
-        )
+        y = gated_rms_norm(rearrange(y, "b t g h p -> b t g (h p)"), z, params["norm"], config.layer_norm_epsilon)
         return jnp.einsum("btgi,dgi->btd", y, params["out_proj"]), MambaState(conv_state, ssm_state)
 
 

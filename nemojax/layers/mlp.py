@@ -11,13 +11,11 @@ from jaxtyping import Array, Float
 
 from nemojax.config import Config
 from nemojax.layers.shell import declare
-from nemojax.segments import Segments
+from nemojax.segments import ALONE, Segments
 from nemojax.specs import mlp_specs
 
 
-def relu2_mlp(
-    x: Float[Array, "B T D"], up: Float[Array, "F D"], down: Float[Array, "F D"]
-) -> Float[Array, "B T D"]:
+def relu2_mlp(x: Float[Array, "B T D"], up: Float[Array, "F D"], down: Float[Array, "F D"]) -> Float[Array, "B T D"]:
     """`relu(x up^T)^2 down` (squared ReLU, arXiv 2109.08668)."""
     hidden = jnp.square(jax.nn.relu(jnp.einsum("btd,fd->btf", x, up)))
     return jnp.einsum("btf,fd->btd", hidden, down)
@@ -29,7 +27,7 @@ def mlp(
     state: None = None,
     *,
     config: Config,
-    segments: Segments = Segments(),
+    segments: Segments = ALONE,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B T D"], None]:
     """The `-` layer; see `relu2_mlp`. It has no sequence state, and every token is computed alone."""

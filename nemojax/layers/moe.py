@@ -14,7 +14,7 @@ from nemojax.config import Config
 from nemojax.dispatch import local
 from nemojax.layers.mlp import relu2_mlp
 from nemojax.layers.shell import declare
-from nemojax.segments import Segments
+from nemojax.segments import ALONE, Segments
 from nemojax.specs import moe_specs
 
 
@@ -64,7 +64,7 @@ def moe(
     state: None = None,
     *,
     config: Config,
-    segments: Segments = Segments(),
+    segments: Segments = ALONE,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B T D"], Routing]:
     """`latent_out(sum_k w_k expert_k(latent_in(x))) + shared(x)`; router and shared expert see the full width.

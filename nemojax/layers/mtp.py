@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from nemojax.config import Config
 from nemojax.layers.block import block
 from nemojax.layers.norm import rms_norm
-from nemojax.segments import Segments
+from nemojax.segments import ALONE, Segments
 from nemojax.specs import layer_name
 
 
@@ -21,7 +21,7 @@ def mtp(
     next_embedding: Float[Array, "B T D"],
     *,
     config: Config,
-    segments: Segments = Segments(),
+    segments: Segments = ALONE,
     implementation: str | None = None,
 ) -> Float[Array, "B T D"]:
     """Hidden state from which the shared head predicts token t+2 (arXiv 2512.20856; Megatron-LM's layer order).
@@ -41,8 +41,6 @@ def mtp(
     for index, kind in enumerate(config.mtp_pattern):
         name = layer_name(index)
         with jax.named_scope(name):
-            out = block(
-                params[name], x, kind=kind, config=config, segments=segments, implementation=implementation
-            )
+            out = block(params[name], x, kind=kind, config=config, segments=segments, implementation=implementation)
             x = out.x
     return rms_norm(x, params["final_layernorm"], eps)

@@ -47,9 +47,7 @@ def causal_conv1d(
     if initial is None:
         initial = jnp.zeros((batch, taps - 1, groups, channels), x.dtype)
     if initial.shape != (batch, taps - 1, groups, channels):
-        raise ValueError(
-            f"causal_conv1d: initial {initial.shape}, expected {(batch, taps - 1, groups, channels)}"
-        )
+        raise ValueError(f"causal_conv1d: initial {initial.shape}, expected {(batch, taps - 1, groups, channels)}")
     if documents is not None and initial_document is None:
         initial_document = jnp.zeros((batch,), documents.dtype)
     run = choose("causal_conv1d", IMPLEMENTATIONS, implementation)

@@ -57,9 +57,7 @@ def _pick(weights, expert):
 
 
 def _dot(a, b, contract):
-    return jax.lax.dot_general(
-        a, b, ((contract[:1], contract[1:]), ((), ())), preferred_element_type=jnp.float32
-    )
+    return jax.lax.dot_general(a, b, ((contract[:1], contract[1:]), ((), ())), preferred_element_type=jnp.float32)
 
 
 @jax.custom_vjp

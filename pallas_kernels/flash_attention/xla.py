@@ -99,13 +99,9 @@ def _attend(q, k, v, start, documents, key_documents):
                 v_block = jnp.where((_slice(key_documents, keys, j, 1) > 0)[..., None, None], v_block, 0)
             scores = _scores(q_block, _slice(k, keys, j, 1), _visible(i, j, *where))
             m_new = jnp.maximum(m, scores.max(axis=-1))
-            shift = jnp.where(
-                jnp.isfinite(m_new), m_new, 0
-            )  # nothing visible yet: exp(-inf - 0) is the 0 we want
+            shift = jnp.where(jnp.isfinite(m_new), m_new, 0)  # nothing visible yet: exp(-inf - 0) is the 0 we want
             p, scale = jnp.exp(scores - shift[..., None]), jnp.exp(m - shift)
-            value = jnp.einsum(
-                "bghts,bsgp->bghtp", p.astype(v.dtype), v_block, preferred_element_type=jnp.float32
-            )
+            value = jnp.einsum("bghts,bsgp->bghtp", p.astype(v.dtype), v_block, preferred_element_type=jnp.float32)
             return m_new, l * scale + p.sum(axis=-1), o * scale[..., None] + value
 
         shape = q_block.shape[:-1]

@@ -93,9 +93,7 @@ def _span(x, dt, A, B, C, D, state, documents, initial_document, chunk):
     into, outof, across = True, True, True
     if documents is not None:
         document = rearrange(documents, "b (c l) -> b c 1 1 l", l=chunk)
-        before = jnp.concatenate([initial_document[:, None], document[:, :-1, 0, 0, -1]], axis=1)[
-            :, :, None, None
-        ]
+        before = jnp.concatenate([initial_document[:, None], document[:, :-1, 0, 0, -1]], axis=1)[:, :, None, None]
         linked = linked & (document[..., :, None] == document[..., None, :])
         into, outof = document == before[..., None], document == document[..., -1:]
         across = document[..., -1] == before
@@ -119,8 +117,8 @@ def _span(x, dt, A, B, C, D, state, documents, initial_document, chunk):
 def _running_sum(log_decay):
     """Running sum over a chunk in two parts whose differences stay exact.
 
-    A float32 sum near -1000 is off by 3e-5, which a difference of two such sums passes on to exp(). The coarse part is a
-    multiple of 2^-6, so its sums (below 2^15 over 256 tokens) are exact in float32; the fine part stays small.
+    A float32 sum near -1000 is off by 3e-5, which a difference of two such sums passes on to exp(). The coarse part is
+    a multiple of 2^-6, so its sums (below 2^15 over 256 tokens) are exact in float32; the fine part stays small.
     """
     coarse = jnp.round(log_decay * 64) / 64
     return jnp.cumsum(coarse, axis=-1), jnp.cumsum(log_decay - coarse, axis=-1)

@@ -98,9 +98,7 @@ def test_header_is_padded_with_spaces(tmp_path: Path, length: int) -> None:
 
 
 def test_shards_are_named_and_indexed_as_on_the_hub(tmp_path: Path) -> None:
-    arrays = {
-        name: np.full(size, size, np.uint8) for name, size in [("z", 6), ("a", 4), ("big", 25), ("b", 1)]
-    }
+    arrays = {name: np.full(size, size, np.uint8) for name, size in [("z", 6), ("a", 4), ("big", 25), ("b", 1)]}
     write_all(tmp_path, arrays, max_shard_bytes=10)
     index = json.loads((tmp_path / INDEX_NAME).read_text())
     shards = [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
@@ -133,9 +131,7 @@ def test_strided_arrays(tmp_path: Path, view, pack_bytes: int, monkeypatch: pyte
     assert_reads_back(tmp_path, arrays)
 
 
-def test_packing_a_large_transposed_array_takes_little_memory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_packing_a_large_transposed_array_takes_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hf_writer, "_PACK_BYTES", 1 << 16)
     array = np.arange(1 << 20, dtype=np.float32).reshape(1, 1024, 1024).transpose(0, 2, 1)
     tracemalloc.start()

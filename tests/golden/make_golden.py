@@ -68,7 +68,7 @@ SPECIAL_TOKENS = [SPECIAL.get(i, f"<SPECIAL_{i}>") for i in range(14)]
 CHAT_TEMPLATE = """\
 {%- set has_system = messages and messages[0].role == 'system' -%}
 {{- '<|im_start|>system\\n' + (messages[0].content if has_system else '') + '<|im_end|>\\n' -}}
-{%- for message in messages[1:] if has_system else messages -%}
+{%- for message in (messages[1:] if has_system else messages) -%}
   {{- '<|im_start|>' + message.role + '\\n' -}}
   {%- if message.role == 'assistant' -%}
     {%- if message.reasoning_content and loop.last -%}
@@ -97,29 +97,19 @@ def save(model, directory: Path, **options) -> None:
         path.chmod(0o644)
 
 
-def write_reference(
-    directory: Path, tokens: np.ndarray, new_tokens: int, *, hidden: bool = True, **extra
-) -> None:
+def write_reference(directory: Path, tokens: np.ndarray, new_tokens: int, *, hidden: bool = True, **extra) -> None:
     """Runs transformers on what lies in `directory` and stores its answers; refuses a fragile reference."""
     model = oracle.load(directory)
     out = oracle.forward(model, tokens)
     greedy, token_margin = oracle.greedy(model, tokens, new_tokens)
     routing = oracle.routing(model, tokens)
     eos = np.atleast_1d(model.config.eos_token_id)
-    facts = (
-        f"{directory.name}: logits std {out['logits'].std():.2f}, token margin {token_margin:.1e}, {routing}"
-    )
-    if (
-        routing["margin"] < MIN_ROUTING_MARGIN
-        or token_margin < MIN_TOKEN_MARGIN
-        or np.isin(greedy, eos).any()
-    ):
+    facts = f"{directory.name}: logits std {out['logits'].std():.2f}, token margin {token_margin:.1e}, {routing}"
+    if routing["margin"] < MIN_ROUTING_MARGIN or token_margin < MIN_TOKEN_MARGIN or np.isin(greedy, eos).any():
         raise SystemExit(f"{facts}: choose another seed")
     if not hidden:
         del out["hidden_states"]
-    np.savez_compressed(
-        directory / "reference.npz", tokens=tokens.astype(np.int32), greedy=greedy, **out, **extra
-    )
+    np.savez_compressed(directory / "reference.npz", tokens=tokens.astype(np.int32), greedy=greedy, **out, **extra)
     print(f"{facts}, {sum(f.stat().st_size for f in directory.iterdir()) / 1e3:.0f} kB")
 
 

@@ -186,9 +186,7 @@ def _outputs_of(modules: dict[str, torch.nn.Module]):
 
 
 @torch.no_grad()
-def forward(
-    model: NemotronHForCausalLM, tokens: np.ndarray, mask: np.ndarray | None = None
-) -> dict[str, np.ndarray]:
+def forward(model: NemotronHForCausalLM, tokens: np.ndarray, mask: np.ndarray | None = None) -> dict[str, np.ndarray]:
     """Logits [B, T, V] and the residual stream after each layer [layers, B, T, D], both float32, no cache."""
     blocks = {str(i): block for i, block in enumerate(model.model.layers)}
     with _outputs_of(blocks) as seen:
@@ -230,9 +228,7 @@ def greedy(
 
 
 @torch.no_grad()
-def routing(
-    model: NemotronHForCausalLM, tokens: np.ndarray, mask: np.ndarray | None = None
-) -> dict[str, float]:
+def routing(model: NemotronHForCausalLM, tokens: np.ndarray, mask: np.ndarray | None = None) -> dict[str, float]:
     """How safe and how varied the routing is, in the worst layer: the smallest `margin` by which an expert
     (or a group) beat the next, the share of experts `used`, the share of tokens `moved` by the bias."""
     routers = {n: m for n, m in model.named_modules() if n.endswith("mixer.gate")}
@@ -256,3 +252,10 @@ def routing(
         unbiased = scores.topk(router.top_k, dim=-1).indices.sort().values
         moved.append(float((unbiased != chosen.sort().values).any(-1).float().mean()))
     return {"margin": min(margins), "used": min(used, default=1.0), "moved": min(moved, default=1.0)}
+
+
+def distance(found: np.ndarray, expected: np.ndarray, floor: float = 0.0) -> float:
+    """Largest difference, as a share of the largest expected magnitude (or of `floor` if that is larger)."""
+    found, expected = np.asarray(found, np.float32), np.asarray(expected, np.float32)
+    assert found.shape == expected.shape, (found.shape, expected.shape)
+    return float(np.abs(found - expected).max() / max(np.abs(expected).max(), floor))

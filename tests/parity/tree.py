@@ -1,8 +1,8 @@
 """nemojax's parameter tree <-> the names and shapes inside transformers' `NemotronHForCausalLM`.
 
-Written for the tests, from the two layouts alone, and not through `convert`: a mistake in the product's name table
-cannot cancel against itself here. Works on values and on gradients alike. No multi-token prediction: transformers
-has none.
+Written for the tests, from the two layouts alone, and not through `convert`: a mistake in the product's name
+table cannot cancel against itself here. Works on values and on gradients alike. No multi-token prediction:
+transformers has none.
 """
 
 from __future__ import annotations
@@ -21,9 +21,7 @@ def layer_name(index: int) -> str:
 def _gather(rows: np.ndarray, groups: int, sizes: list[int]) -> np.ndarray:
     """[sum(G * s), ...], one part after the other -> [G, sum(s), ...], one group after the other."""
     parts = np.split(rows, np.cumsum([groups * s for s in sizes])[:-1])
-    return np.concatenate(
-        [p.reshape(groups, s, *p.shape[1:]) for p, s in zip(parts, sizes, strict=True)], axis=1
-    )
+    return np.concatenate([p.reshape(groups, s, *p.shape[1:]) for p, s in zip(parts, sizes, strict=True)], axis=1)
 
 
 def _scatter(grouped: np.ndarray, sizes: list[int]) -> np.ndarray:
@@ -132,3 +130,17 @@ def to_torch(params: Tree, config) -> dict[str, np.ndarray]:
         for name, value in mixer_to_torch(layer["mixer"], kind, config).items():
             out[f"{prefix}.mixer.{name}"] = value
     return {name: np.asarray(value) for name, value in out.items()}
+
+
+def from_torch(state: Mapping[str, np.ndarray], config) -> dict[str, object]:
+    """Inverse of `to_torch`: every tensor must find its place."""
+    rest = {name.removeprefix("model."): value for name, value in state.items()}
+    params: dict[str, object] = {"embed": rest.pop("embeddings.weight"), "norm_f": rest.pop("norm_f.weight")}
+    params["lm_head"] = rest.pop("lm_head.weight")
+    for index, kind in enumerate(config.pattern):
+        norm, prefix = rest.pop(f"layers.{index}.norm.weight"), f"layers.{index}.mixer."
+        names = [name for name in rest if name.startswith(prefix)]
+        mixer = {name.removeprefix(prefix): rest.pop(name) for name in names}
+        params[layer_name(index)] = {"norm": norm, "mixer": mixer_from_torch(mixer, kind, config)}
+    assert not rest, sorted(rest)
+    return params

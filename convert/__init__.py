@@ -1,0 +1,1 @@
+"""Checkpoints: Hugging Face safetensors <-> Orbax, leaf by leaf and without torch."""

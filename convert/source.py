@@ -1,0 +1,127 @@
+"""A checkpoint to read from, of either format, leaf by leaf."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from convert.hf_reader import HFReader
+from convert.names import Entry, entries, require
+from nemojax import checkpoint, layout
+from nemojax.config import Config
+from nemojax.errors import InputError
+from nemojax.specs import unflatten
+
+# Reads of a stacked leaf go expert by expert, so that no second copy of it is ever held.
+_ALIGNMENT = 64  # jax on CPU takes over a buffer without copying it only if it is aligned so
+
+
+class Source(Protocol):
+    """A checkpoint whose config and tensors have been checked against each other.
+
+    Attributes:
+      path: its directory. config: its configuration. entries: every leaf, in order.
+    """
+
+    path: Path
+    config: Config
+    entries: list[Entry]
+
+    def dtype(self, entry: Entry) -> np.dtype:
+        """Dtype on disk."""
+
+    def read(self, entry: Entry) -> np.ndarray:
+        """The leaf in our layout and in its dtype on disk."""
+
+
+@contextmanager
+def open_source(path: str | os.PathLike) -> Iterator[Source]:
+    """Opens a Hugging Face or Orbax directory.
+
+    Raises:
+      InputError: it is neither, it is damaged, or its tensors do not fit its config.
+    """
+    directory = layout.require_directory(Path(path))
+    config = Config.from_hf(directory)
+    if layout.is_orbax(directory):
+        yield OrbaxSource(directory, config)
+        return
+    with HFReader(directory) as reader:
+        yield HFSource(directory, config, reader)
+
+
+class HFSource:
+    """See `Source`."""
+
+    def __init__(self, path: Path, config: Config, reader: HFReader):
+        self.path, self.config, self._reader = path, config, reader
+        self.entries = require(config, reader, str(path))
+        for entry in self.entries:
+            for name in entry.tensors:
+                self._check(entry, name)
+
+    def _check(self, entry: Entry, name: str) -> None:
+        tensor, first = self._reader[name], self._reader[entry.tensors[0]]
+        if tensor.shape != entry.shape:
+            raise InputError(
+                f"{tensor.file}: tensor {name} has shape {tensor.shape}, the config.json implies {entry.shape}"
+            )
+        # float8 and integers are quantised values, meaningless without their scales.
+        if tensor.dtype.itemsize < 2 or not jnp.issubdtype(tensor.dtype, jnp.floating):
+            raise InputError(
+                f"{tensor.file}: tensor {name} has dtype {tensor.dtype}; quantised checkpoints are not supported, "
+                f"use the BF16 release"
+            )
+        if tensor.dtype != first.dtype:
+            raise InputError(
+                f"{tensor.file}: tensor {name} has dtype {tensor.dtype} but {first.name} has {first.dtype}; the experts "
+                f"of a layer must have one dtype"
+            )
+
+    def dtype(self, entry: Entry) -> np.dtype:
+        return self._reader[entry.tensors[0]].dtype
+
+    def read(self, entry: Entry) -> np.ndarray:
+        rule, shape = entry.rule, entry.spec.shape
+        if not rule.per_expert:
+            return rule.to_leaf(self._reader.read(entry.tensors[0]), shape, self.config)
+        leaf = empty_aligned(shape, self.dtype(entry))
+        for e in range(shape[0]):
+            if entry.stacked:
+                tensor = self._reader.read(entry.tensors[0], rows=slice(e, e + 1))[0]
+            else:
+                tensor = self._reader.read(entry.tensors[e])
+            leaf[e] = rule.to_leaf(tensor, shape[1:], self.config)
+        return leaf
+
+
+class OrbaxSource:
+    """See `Source`."""
+
+    def __init__(self, path: Path, config: Config):
+        self.path, self.config = path, config
+        self.entries = entries(config)
+        self._stored = checkpoint.check_orbax(path, config)
+
+    def dtype(self, entry: Entry) -> np.dtype:
+        return np.dtype(self._stored[entry.leaf].dtype)
+
+    def read(self, entry: Entry) -> np.ndarray:
+        abstract = jax.ShapeDtypeStruct(entry.spec.shape, self.dtype(entry))
+        loaded = checkpoint.read_orbax(self.path, unflatten([(entry.leaf, abstract)]))
+        return np.asarray(jax.tree.leaves(loaded)[0])
+
+
+def empty_aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An uninitialised array whose buffer jax can take over without a copy."""
+    size = int(np.prod(shape)) * dtype.itemsize
+    buffer = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -buffer.ctypes.data % _ALIGNMENT
+    return buffer[start : start + size].view(dtype).reshape(shape)

@@ -1,0 +1,146 @@
+"""Loading and saving whole models."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from nemojax import layout
+from nemojax.config import Config
+from nemojax.errors import InputError
+from nemojax.hf_config import config_to_hf
+from nemojax.model import Nemotron
+from nemojax.specs import flatten, map_specs, model_specs, unflatten
+
+# Chunks on disk of at most this size keep what Orbax holds beside a leaf while writing it far below the leaf itself.
+_CHUNK_BYTES = 32 * 2**20
+
+
+def load(path: str | os.PathLike, *, dtype: str | None = None) -> tuple[Nemotron, dict[str, Any]]:
+    """A model and its parameters from a Hugging Face or Orbax directory.
+
+    Args:
+      path: the directory.
+      dtype: `"float32"`, `"bfloat16"` or `"float16"` to compute in; default the checkpoint's own. Parameters that
+        must be float32 (router bias, A_log, D, dt_bias) are so in any case.
+
+    Returns:
+      The model and its parameters, ready for `model.apply({"params": params}, tokens)`.
+
+    Raises:
+      InputError: the directory is not a checkpoint, is damaged, or does not fit its config.
+    """
+    path = layout.require_directory(Path(path))
+    config = Config.from_hf(path)
+    if dtype is not None:
+        config = config.replace(dtype=dtype)
+    if layout.is_orbax(path):
+        return Nemotron(config), _load_orbax(path, config)
+    from convert.load import load_hf  # convert stands above this package; only an HF directory needs it
+
+    return Nemotron(config), load_hf(path, config)
+
+
+def save(path: str | os.PathLike, config: Config, params: dict[str, Any], *, overwrite: bool = False) -> None:
+    """Writes a checkpoint that `load`, `nemojax convert` and plain Orbax read.
+
+    Args:
+      path: directory to make.
+      config: the model's configuration, stored beside the weights.
+      params: the parameter tree.
+      overwrite: replace a directory that is not empty.
+
+    Raises:
+      InputError: the target exists, a parameter does not fit the configuration, or the disk is full.
+    """
+    _check_params(config, params)
+    needed = sum(leaf.nbytes for _, leaf in flatten(params))
+    with layout.new_directory(Path(path), overwrite=overwrite, needed_bytes=needed) as partial:
+        (partial / layout.CONFIG).write_text(json.dumps(config_to_hf(config), indent=2) + "\n")
+        with saving():
+            ocp.save(partial / layout.PARAMS, params)
+
+
+def saving() -> ocp.Context:
+    """Orbax options for writing: small chunks, so that memory stays near the size of the largest leaf."""
+    context = ocp.Context()
+    context.array.saving.storage_options.chunk_byte_size = _CHUNK_BYTES
+    return context
+
+
+def _check_params(config: Config, params: dict[str, Any]) -> None:
+    specs, leaves = dict(flatten(model_specs(config))), dict(flatten(params))
+    for name in specs.keys() | leaves.keys():
+        if name not in leaves:
+            raise InputError(f"params: {name} is missing")
+        if name not in specs:
+            raise InputError(f"params: {name} is not a parameter of this configuration")
+        if leaves[name].shape != specs[name].shape:
+            raise InputError(f"params: {name} has shape {leaves[name].shape}, expected {specs[name].shape}")
+
+
+def orbax_leaves(path: Path) -> dict[str, Any]:
+    """Shape and dtype of every stored leaf, without reading the arrays.
+
+    Raises:
+      InputError: Orbax cannot read the directory.
+    """
+    try:
+        tree = ocp.metadata(path / layout.PARAMS).metadata
+    except Exception as error:  # Orbax raises many types for a damaged directory
+        raise _unreadable(path, error) from None
+    return dict(flatten(tree))
+
+
+def read_orbax(path: Path, abstract: dict[str, Any]) -> dict[str, Any]:
+    """Reads the leaves that `abstract` (a nested dict of `jax.ShapeDtypeStruct`) names, cast to its dtypes.
+
+    Raises:
+      InputError: Orbax cannot read them.
+    """
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    try:
+        with context:
+            return ocp.load(path / layout.PARAMS, abstract)
+    except Exception as error:  # as above
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: Exception) -> InputError:
+    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return InputError(f"{path / layout.PARAMS}: Orbax cannot read it ({reason[:200]}); convert the checkpoint again")
+
+
+def check_orbax(path: Path, config: Config) -> dict[str, Any]:
+    """Every stored leaf must be a parameter of the configuration and the other way round; returns the stored leaves.
+
+    Raises:
+      InputError: names the first parameter that is missing, unknown or mis-shaped.
+    """
+    stored, specs = orbax_leaves(path), dict(flatten(model_specs(config)))
+    for name in sorted(specs.keys() | stored.keys()):
+        if name not in stored or name not in specs:
+            what = "is missing" if name in specs else "is not a parameter of this model"
+            raise InputError(f"{path}: {name} {what}; the config.json does not describe these parameters")
+        if tuple(stored[name].shape) != specs[name].shape:
+            raise InputError(
+                f"{path}: {name} has shape {tuple(stored[name].shape)}, the config.json implies {specs[name].shape}"
+            )
+        if not jax.numpy.issubdtype(np.dtype(stored[name].dtype), np.floating):
+            raise InputError(f"{path}: {name} has dtype {stored[name].dtype}, expected a floating type")
+    return stored
+
+
+def _load_orbax(path: Path, config: Config) -> dict[str, Any]:
+    check_orbax(path, config)
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    abstract = map_specs(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=device), model_specs(config))
+    loaded = read_orbax(path, abstract)
+    return unflatten([(name, loaded_leaf) for name, loaded_leaf in flatten(loaded)])

@@ -1,0 +1,183 @@
+"""Text generation: one prefill and one decode loop, compiled together into a single program."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from nemojax import checks, forward
+from nemojax.cache import Cache, init_cache
+from nemojax.errors import InputError
+from nemojax.model import Nemotron
+
+
+class Sampling(NamedTuple):
+    """How the next token is chosen; array fields may change without a new compilation.
+
+    Attributes:
+      temperature: divides the logits.
+      top_k: keep this many best tokens. top_p: keep the fewest best tokens whose probabilities reach this sum.
+      keys: one random key a row, so that a row's samples do not depend on the rows beside it.
+    """
+
+    temperature: Float[Array, ""]
+    top_k: Int[Array, ""]
+    top_p: Float[Array, ""]
+    keys: Array
+
+
+def generate(
+    model: Nemotron,
+    params: dict[str, Any],
+    tokens: Int[Array, "B T"] | Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    segment_ids: Int[Array, "B T"] | None = None,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    stop_ids: Sequence[int] | None = None,
+    key: jax.Array | int = 0,
+) -> Int[Array, "B N"]:
+    """Continues prompts.
+
+    Args:
+      model: the model. params: its parameters.
+      tokens: prompts, int32 [B, T]; or a list of prompts of any lengths.
+      max_new_tokens: N, the number of tokens to return a row.
+      segment_ids: marks padding (0) in a `tokens` array, on any side; the row's last document is continued.
+      temperature: 0 takes the best token; above 0 samples.
+      top_k: sample among this many best tokens only; None for all.
+      top_p: sample among the fewest best tokens with this much probability together; None for all.
+      stop_ids: a row ends after one of these; default the config's `eos_token_id`, `()` for never.
+      key: random key or seed.
+
+    Returns:
+      The new tokens only, int32. After a stop id (which is kept), a row is filled with the config's pad id.
+
+    Raises:
+      InputError: an argument is out of range, a prompt is empty, or an id is outside the vocabulary.
+    """
+    config = model.config
+    tokens, segment_ids = _prompts(tokens, segment_ids)
+    tokens, segment_ids = checks.call(config, tokens, segment_ids, None, False, ())
+    _check_sampling(max_new_tokens, temperature, top_k, top_p)
+    if segment_ids is not None and not np.asarray((segment_ids > 0).any(axis=1)).all():
+        raise InputError(f"tokens: the prompt of row {int(jnp.argmin((segment_ids > 0).any(axis=1)))} is empty")
+    if stop_ids is None:
+        eos = config.eos_token_id
+        stop_ids = () if eos is None else eos if isinstance(eos, tuple) else (eos,)
+    key = jax.random.key(key) if isinstance(key, int) else key
+    sampling = Sampling(
+        jnp.float32(temperature),
+        jnp.int32(top_k or config.vocab_size),
+        jnp.float32(1.0 if top_p is None else top_p),
+        jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(tokens.shape[0])),
+    )
+    return _generate(
+        params,
+        tokens,
+        segment_ids,
+        sampling,
+        model=model,
+        max_new_tokens=max_new_tokens,
+        stop_ids=tuple(int(i) for i in stop_ids),
+        greedy=temperature == 0,
+        truncate=top_k is not None or top_p is not None,
+    )
+
+
+def _prompts(tokens: Any, segment_ids: Any) -> tuple[Any, Any]:
+    """Left-pads a list of prompts; an array passes through."""
+    if isinstance(tokens, (jax.Array, np.ndarray)):
+        return tokens, segment_ids
+    if segment_ids is not None:
+        raise InputError("segment_ids goes with a tokens array; a list of prompts is padded here")
+    rows = [np.asarray(row) for row in tokens]
+    for index, row in enumerate(rows):
+        if row.ndim != 1 or row.size == 0 or not np.issubdtype(row.dtype, np.integer):
+            raise InputError(f"tokens: prompt {index} must be a non-empty list of ids, got shape {row.shape} {row.dtype}")
+    if not rows:
+        raise InputError("tokens: no prompt given")
+    length = max(row.size for row in rows)
+    pad = lambda row, value: np.concatenate([np.zeros(length - row.size, np.int64), value])
+    return np.stack([pad(r, r) for r in rows]), np.stack([pad(r, np.ones_like(r)) for r in rows])
+
+
+def _check_sampling(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
+    if max_new_tokens < 1:
+        raise InputError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if not 0 <= temperature < float("inf"):
+        raise InputError(f"temperature must be 0 or a positive number, got {temperature}")
+    if top_k is not None and top_k < 1:
+        raise InputError(f"top_k must be at least 1, got {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise InputError(f"top_p must be above 0 and at most 1, got {top_p}")
+
+
+@functools.partial(jax.jit, static_argnames=("model", "max_new_tokens", "stop_ids", "greedy", "truncate"))
+def _generate(params, tokens, segment_ids, sampling, *, model, max_new_tokens, stop_ids, greedy, truncate):
+    config = model.config
+    batch, length = tokens.shape
+    pad = jnp.int32(config.pad_token_id or 0)
+    stops = jnp.array(stop_ids, jnp.int32)
+    is_stop = lambda token: (token[:, None] == stops).any(axis=1)
+    choose = functools.partial(_choose, sampling=sampling, greedy=greedy, truncate=truncate)
+
+    def run(tokens, segment_ids, cache) -> forward.Backbone:
+        return forward.backbone(
+            params, tokens, segment_ids, cache, config=config, implementation=model.implementation
+        )
+
+    with jax.named_scope("prefill"):
+        prompt = run(tokens, segment_ids, init_cache(config, batch, length + max_new_tokens - 1))
+        hidden = _last_real(prompt.hidden, segment_ids)
+        token = choose(forward.head(params, hidden, config), 0)
+
+    def unfinished(carry):
+        step, _, done, _, _ = carry
+        return (step < max_new_tokens) & ~done.all()
+
+    def decode(carry: tuple[Array, Array, Array, Array, Cache]):
+        step, token, done, out, cache = carry
+        after = run(token[:, None], None, cache)
+        token = choose(forward.head(params, after.hidden[:, 0], config), step)
+        token = jnp.where(done, pad, token)
+        return step + 1, token, done | is_stop(token), out.at[:, step].set(token), after.cache
+
+    out = jnp.full((batch, max_new_tokens), pad).at[:, 0].set(token)
+    with jax.named_scope("decode"):
+        return jax.lax.while_loop(unfinished, decode, (jnp.int32(1), token, is_stop(token), out, prompt.cache))[3]
+
+
+def _last_real(hidden: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None) -> Float[Array, "B D"]:
+    if segment_ids is None:
+        return hidden[:, -1]
+    last = hidden.shape[1] - 1 - jnp.argmax(segment_ids[:, ::-1] > 0, axis=1)
+    return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+
+
+def _choose(logits: Float[Array, "B V"], step: Any, *, sampling: Sampling, greedy: bool, truncate: bool):
+    if greedy:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = logits / sampling.temperature
+    if truncate:
+        logits = jnp.where(logits < _smallest_kept(logits, sampling), -jnp.inf, logits)
+    keys = jax.vmap(jax.random.fold_in, (0, None))(sampling.keys, step)
+    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+
+
+def _smallest_kept(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B 1"]:
+    """The smallest logit that top-k and then top-p keep. The best token is always kept."""
+    ordered = jnp.sort(logits, axis=-1, descending=True)
+    within_k = jnp.arange(logits.shape[-1]) < sampling.top_k
+    probabilities = jax.nn.softmax(jnp.where(within_k, ordered, -jnp.inf), axis=-1)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    kept = (within_k & (before < sampling.top_p)).sum(axis=-1, keepdims=True)
+    return jnp.take_along_axis(ordered, kept - 1, axis=-1)

@@ -1,0 +1,95 @@
+"""What a checkpoint directory of ours looks like, and safe ways to bring one into being.
+
+PATH/config.json     the Hugging Face config, verbatim where there was one
+PATH/params/         the parameters, written by Orbax, in the dtypes of their source
+PATH/...             tokenizer, generation config, chat template, as they came
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from nemojax.errors import InputError
+
+CONFIG = "config.json"
+PARAMS = "params"
+_WEIGHTS = (
+    ".safetensors",
+    ".safetensors.index.json",
+    ".bin",
+    ".bin.index.json",
+    ".pt",
+    ".pth",
+    ".gguf",
+    ".h5",
+    ".msgpack",
+)
+
+
+def is_orbax(path: Path) -> bool:
+    """Whether the directory holds parameters written by Orbax."""
+    return (path / PARAMS).is_dir()
+
+
+def require_directory(path: Path) -> Path:
+    """The path if it is a directory.
+
+    Raises:
+      InputError: it is not.
+    """
+    if not path.is_dir():
+        what = "is a file" if path.exists() else "does not exist"
+        raise InputError(f"{path}: {what}; give a checkpoint directory (Hugging Face or Orbax)")
+    return path
+
+
+@contextmanager
+def new_directory(target: Path, *, overwrite: bool, needed_bytes: int) -> Iterator[Path]:
+    """A directory to fill, which becomes `target` when the block ends well, and leaves nothing when it does not.
+
+    A killed run leaves `.NAME.partial` beside the target; the next run starts over from nothing.
+
+    Args:
+      target: where the result goes. overwrite: whether a non-empty target may be replaced.
+      needed_bytes: what will be written, checked against the free space first.
+
+    Raises:
+      InputError: the target exists, cannot be made, or does not fit on the disk.
+    """
+    target = Path(os.path.abspath(target))
+    if target.exists() and not target.is_dir():
+        raise InputError(f"{target}: exists and is not a directory; choose another target")
+    if target.is_dir() and any(target.iterdir()) and not overwrite:
+        raise InputError(f"{target}: exists and is not empty; choose another target, or replace it with --overwrite")
+    partial = target.parent / f".{target.name}.partial"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        free = shutil.disk_usage(target.parent).free
+        if needed_bytes > free:
+            raise InputError(
+                f"{target}: needs {needed_bytes / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free; make room"
+            )
+        partial.mkdir()
+        yield partial
+        if target.is_dir():
+            shutil.rmtree(target)
+        partial.rename(target)
+    except OSError as error:
+        raise InputError(f"{target}: cannot be written ({error.strerror or error})") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def copy_companions(source: Path, target: Path) -> list[str]:
+    """Copies everything beside the weights (config, tokenizer, chat template, ...); returns the names."""
+    names = []
+    for item in sorted(source.iterdir()):
+        if item.is_file() and not item.name.startswith(".") and not item.name.endswith(_WEIGHTS):
+            shutil.copyfile(item, target / item.name)
+            names.append(item.name)
+    return names
