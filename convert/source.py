@@ -81,8 +81,8 @@ class HFSource:
             )
         if tensor.dtype != first.dtype:
             raise InputError(
-                f"{tensor.file}: tensor {name} has dtype {tensor.dtype} but {first.name} has {first.dtype}; the experts "
-                f"of a layer must have one dtype"
+                f"{tensor.file}: tensor {name} has dtype {tensor.dtype} but {first.name} has {first.dtype}; "
+                f"the experts of a layer must have one dtype"
             )
 
     def dtype(self, entry: Entry) -> np.dtype:

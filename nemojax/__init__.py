@@ -3,10 +3,10 @@
 # Configuration
 # Model and state
 from nemojax.cache import AttentionState, Cache, MambaState, init_cache
+from nemojax.checkpoint import load, save
 from nemojax.config import Config
-
-# Errors
 from nemojax.errors import InputError
+from nemojax.generate import generate
 from nemojax.layers.moe import Routing
 from nemojax.model import Nemotron, Output, init_params
 from nemojax.presets import preset, preset_names
@@ -24,9 +24,12 @@ __all__ = [
     "Output",
     "Routing",
     "abstract_params",
+    "generate",
     "init_cache",
     "init_params",
+    "load",
     "num_params",
     "preset",
     "preset_names",
+    "save",
 ]

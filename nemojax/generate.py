@@ -102,7 +102,9 @@ def _prompts(tokens: Any, segment_ids: Any) -> tuple[Any, Any]:
     rows = [np.asarray(row) for row in tokens]
     for index, row in enumerate(rows):
         if row.ndim != 1 or row.size == 0 or not np.issubdtype(row.dtype, np.integer):
-            raise InputError(f"tokens: prompt {index} must be a non-empty list of ids, got shape {row.shape} {row.dtype}")
+            raise InputError(
+                f"tokens: prompt {index} must be a non-empty list of ids, got shape {row.shape} {row.dtype}"
+            )
     if not rows:
         raise InputError("tokens: no prompt given")
     length = max(row.size for row in rows)
@@ -131,9 +133,7 @@ def _generate(params, tokens, segment_ids, sampling, *, model, max_new_tokens, s
     choose = functools.partial(_choose, sampling=sampling, greedy=greedy, truncate=truncate)
 
     def run(tokens, segment_ids, cache) -> forward.Backbone:
-        return forward.backbone(
-            params, tokens, segment_ids, cache, config=config, implementation=model.implementation
-        )
+        return forward.backbone(params, tokens, segment_ids, cache, config=config, implementation=model.implementation)
 
     with jax.named_scope("prefill"):
         prompt = run(tokens, segment_ids, init_cache(config, batch, length + max_new_tokens - 1))

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from nemojax.cache import AttentionState
 from nemojax.config import Config
+from nemojax.layers.project import project
 from nemojax.layers.shell import declare
 from nemojax.segments import ALONE, Segments, write_slots
 from nemojax.specs import attention_specs
@@ -41,7 +42,7 @@ def attention(
     """
     del config  # every size is in the parameters
     with jax.named_scope("qkv_proj"):
-        q, k, v = (jnp.einsum("btd,hpd->bthp", x, params[name]) for name in ("q_proj", "k_proj", "v_proj"))
+        q, k, v = (project(x, params[name]) for name in ("q_proj", "k_proj", "v_proj"))
     if state is None:
         state, key_documents = AttentionState(k, v), segments.documents
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -10,14 +11,17 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float
 
-from nemojax.cache import MambaState
+from nemojax.cache import MambaState, init_mamba_state
 from nemojax.config import Config
 from nemojax.layers.norm import gated_rms_norm
+from nemojax.layers.project import project
 from nemojax.layers.shell import declare
 from nemojax.segments import ALONE, Segments
 from nemojax.specs import mamba2_specs
 from pallas_kernels.causal_conv1d import causal_conv1d
 from pallas_kernels.ssd import ssd
+
+_LOOP_FROM_TOKENS = 64
 
 
 def mamba2(
@@ -43,11 +47,10 @@ def mamba2(
       The output (unspecified at pads) and the state after the last token.
     """
     inner = config.mamba_heads_per_group * config.mamba_head_dim
-    states = config.ssm_state_size
-    carried = dict(documents=segments.documents, initial_document=segments.initial_document)
+    carried = {"documents": segments.documents, "initial_document": segments.initial_document}
     with jax.named_scope("in_proj"):
-        projected = jnp.einsum("btd,grd->btgr", x, params["in_proj"])
-        z, xBC, dt = jnp.split(projected, [inner, 2 * inner + 2 * states], axis=-1)
+        projected = project(x, params["in_proj"])
+        z, xBC, dt = jnp.split(projected, [inner, 2 * inner + 2 * config.ssm_state_size], axis=-1)
     with jax.named_scope("conv"):
         xBC, conv_state = causal_conv1d(
             xBC,
@@ -58,24 +61,59 @@ def mamba2(
             **carried,
         )
     with jax.named_scope("ssd"):
-        u, B, C = jnp.split(xBC, [inner, inner + states], axis=-1)
-        y, ssm_state = ssd(
-            rearrange(u, "b t g (h p) -> b t g h p", p=config.mamba_head_dim),
-            dt,
-            -jnp.exp(params["A_log"].astype(jnp.float32)),
-            B,
-            C,
-            params["D"].astype(jnp.float32),
-            params["dt_bias"],
-            dt_limit=config.time_step_limit,
-            initial_state=None if state is None else state.ssm,
-            chunk_size=config.chunk_size,
-            implementation=implementation,
-            **carried,
-        )
+        vectors = {
+            "A": -jnp.exp(params["A_log"].astype(jnp.float32)),
+            "D": params["D"].astype(jnp.float32),
+            "dt_bias": params["dt_bias"],
+        }
+        before = init_mamba_state(config, x.shape[0]).ssm if state is None else state.ssm
+        scan = functools.partial(_scan, config=config, implementation=implementation, **carried)
+        y, ssm_state = _group_by_group_on_cpu(scan, xBC, dt, vectors, before)
+    with jax.named_scope("gated_norm"):
+        y = gated_rms_norm(y, z, params["norm"], config.layer_norm_epsilon)
     with jax.named_scope("out_proj"):
-        y = gated_rms_norm(rearrange(y, "b t g h p -> b t g (h p)"), z, params["norm"], config.layer_norm_epsilon)
-        return jnp.einsum("btgi,dgi->btd", y, params["out_proj"]), MambaState(conv_state, ssm_state)
+        weight = rearrange(params["out_proj"], "d g i -> d (g i)")
+        y = jnp.einsum("bti,di->btd", rearrange(y, "b t g i -> b t (g i)"), weight)
+    return y, MambaState(conv_state, ssm_state)
+
+
+def _scan(xBC, dt, vectors, state, *, config, **options):
+    """The state-space scan of any number of groups: [B, T, G, C] -> [B, T, G, I]."""
+    inner = config.mamba_heads_per_group * config.mamba_head_dim
+    x, B, C = jnp.split(xBC, [inner, inner + config.ssm_state_size], axis=-1)
+    y, state = ssd(
+        rearrange(x, "b t g (h p) -> b t g h p", p=config.mamba_head_dim),
+        dt,
+        B=B,
+        C=C,
+        **vectors,
+        dt_limit=config.time_step_limit,
+        initial_state=state,
+        chunk_size=config.chunk_size,
+        **options,
+    )
+    return rearrange(y, "b t g h p -> b t g (h p)"), state
+
+
+def _group_by_group_on_cpu(scan, xBC, dt, vectors, state):
+    """Groups never meet inside the scan; on CPU a loop over them keeps what each one needs in the cache.
+
+    With 8 groups and 2,048 tokens the scan is 1.6x faster so. A short call has nothing to gain.
+    """
+    if xBC.shape[1] < _LOOP_FROM_TOKENS:
+        return scan(xBC, dt, vectors, state)
+
+    def loop(xBC, dt, vectors, state):
+        def body(g):
+            group = lambda a, axis: jax.lax.dynamic_slice_in_dim(a, g, 1, axis)
+            # The barrier keeps XLA from slicing again in every operation that reads the group.
+            part = jax.lax.optimization_barrier(group(xBC, 2))
+            return scan(part, group(dt, 2), {k: group(v, 0) for k, v in vectors.items()}, group(state, 1))
+
+        y, state_out = jax.lax.map(body, jnp.arange(xBC.shape[2]))
+        return rearrange(y, "g b t 1 i -> b t g i"), rearrange(state_out, "g b 1 h p n -> b g h p n")
+
+    return jax.lax.platform_dependent(xBC, dt, vectors, state, cpu=loop, default=scan)
 
 
 class Mamba2(nn.Module):

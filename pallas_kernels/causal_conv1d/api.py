@@ -44,9 +44,7 @@ def causal_conv1d(
     taps = weight.shape[-1]
     if weight.shape[:2] != (groups, channels):
         raise ValueError(f"causal_conv1d: weight {weight.shape} does not fit x {x.shape}")
-    if initial is None:
-        initial = jnp.zeros((batch, taps - 1, groups, channels), x.dtype)
-    if initial.shape != (batch, taps - 1, groups, channels):
+    if initial is not None and initial.shape != (batch, taps - 1, groups, channels):
         raise ValueError(f"causal_conv1d: initial {initial.shape}, expected {(batch, taps - 1, groups, channels)}")
     if documents is not None and initial_document is None:
         initial_document = jnp.zeros((batch,), documents.dtype)

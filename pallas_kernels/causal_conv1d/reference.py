@@ -7,7 +7,9 @@ import jax.numpy as jnp
 
 
 def causal_conv1d(x, weight, bias, initial, documents, initial_document):
-    """See `api.causal_conv1d`; every argument is given except `bias` and the two document arrays."""
+    """See `api.causal_conv1d`; every argument is given except `bias`, `initial` and the two document arrays."""
+    if initial is None:
+        initial = jnp.zeros((x.shape[0], weight.shape[-1] - 1, *x.shape[2:]), x.dtype)
     if documents is None:
         documents = jnp.ones(x.shape[:2], jnp.int32)
         initial_document = jnp.ones(x.shape[:1], jnp.int32)

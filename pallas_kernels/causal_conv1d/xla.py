@@ -1,4 +1,8 @@
-"""Causal convolution as W shifted products, which XLA fuses into one pass."""
+"""Causal convolution as W shifted products, which XLA fuses into one pass over the inputs.
+
+The inputs of earlier calls reach only the first W-1 real tokens; what they add there is computed apart, so that the
+inputs are never copied behind them (2x faster on CPU).
+"""
 
 from __future__ import annotations
 
@@ -9,53 +13,67 @@ from pallas_kernels import documents as docs
 
 
 def causal_conv1d(x, weight, bias, initial, documents, initial_document):
-    """See `api.causal_conv1d`; every argument is given except `bias` and the two document arrays."""
+    """See `api.causal_conv1d`; every argument is given except `bias`, `initial` and the two document arrays."""
     length, taps = x.shape[1], weight.shape[-1]
-    initial = initial.astype(x.dtype)
+    weight = weight.astype(jnp.float32)
+    y = 0.0 if bias is None else bias.astype(jnp.float32)
+    for age in range(min(taps, length)):
+        value = _shift(x, age).astype(jnp.float32) * weight[..., taps - 1 - age]
+        if documents is not None:
+            value = jnp.where((_shift(documents, age) == documents)[..., None, None], value, 0)
+        y += value
+    lead, end = _extent(x, documents)
+    if initial is not None:
+        y += _from_initial(initial, weight, x, lead, documents, initial_document)
+    y = jax.nn.silu(y)
+    if documents is not None:
+        y = jnp.where((documents > 0)[..., None, None], y, 0)
+    # The barrier keeps XLA from computing all of it again for each of the parts that y is split into.
+    y = jax.lax.optimization_barrier(y.astype(x.dtype))
+    return y, _final(x, taps - 1, initial, lead, end, documents, initial_document)
+
+
+def _shift(array, age):
+    """The value `age` tokens earlier; zero before the first token."""
+    if age == 0:
+        return array
+    return jnp.pad(array[:, :-age], [(0, 0), (age, 0)] + [(0, 0)] * (array.ndim - 2))
+
+
+def _extent(x, documents):
+    """First real token of each row and one past the last; both the length where there is none."""
+    batch, length = x.shape[:2]
     if documents is None:
-        extended = jnp.concatenate([initial, x], axis=1)
-        y = sum(_tap(extended, weight, j, length) for j in range(taps))
-        return _activate(y, bias).astype(x.dtype), extended[:, length:]
-
+        return jnp.zeros((batch,), jnp.int32), jnp.full((batch,), length)
     is_real = documents > 0
-    extended, owner, start = _extend(x, initial, documents, initial_document)
-    y = 0.0
-    for j in range(taps):
-        same = owner[:, j : j + length] == documents
-        y += jnp.where(same[..., None, None], _tap(extended, weight, j, length), 0)
-    y = jnp.where(is_real[..., None, None], _activate(y, bias), 0)
-    open_document = docs.last(documents, initial_document)
-    final = _window(extended, start, taps - 1)
-    final_owner = _window(owner, start, taps - 1)
-    final = jnp.where((final_owner == open_document[:, None])[..., None, None], final, 0)
-    return y.astype(x.dtype), final
+    lead = jnp.where(is_real.any(axis=1), jnp.argmax(is_real, axis=1), length)
+    return lead, jnp.where(is_real.any(axis=1), length - jnp.argmax(is_real[:, ::-1], axis=1), length)
 
 
-def _tap(extended, weight, j, length):
-    return extended[:, j : j + length].astype(jnp.float32) * weight[..., j].astype(jnp.float32)
-
-
-def _activate(y, bias):
-    return jax.nn.silu(y if bias is None else y + bias.astype(jnp.float32))
-
-
-def _extend(x, initial, documents, initial_document):
-    """The inputs with the earlier ones put right before the first real token, so that pads never lie between.
-
-    Returns the extended inputs [B, W-1+T, G, C], the document of each, and where the last W-1 inputs start.
-    """
+def _from_initial(initial, weight, x, lead, documents, initial_document):
+    """What earlier inputs add: to the first W-1 real tokens, if these still belong to their document."""
     history, length = initial.shape[1], x.shape[1]
-    is_real = documents > 0
-    any_real = is_real.any(axis=1)
-    lead = jnp.where(any_real, jnp.argmax(is_real, axis=1), length)
-    end = jnp.where(any_real, length - jnp.argmax(is_real[:, ::-1], axis=1), length)
-    x = jnp.where(is_real[..., None, None], x, 0)
+    initial = jnp.pad(initial.astype(jnp.float32), ((0, 0), (0, history), (0, 0), (0, 0)))
+    added = sum(initial[:, j : j + history] * weight[..., j] for j in range(history))
+    if documents is None:
+        return jnp.pad(added[:, :length], ((0, 0), (0, max(0, length - history)), (0, 0), (0, 0)))
+    room = jnp.zeros((x.shape[0], length + history, *x.shape[2:]), jnp.float32)
     place = jax.vmap(lambda row, values, at: jax.lax.dynamic_update_slice_in_dim(row, values, at, axis=0))
-    extended = place(jnp.pad(x, ((0, 0), (history, 0), (0, 0), (0, 0))), initial, lead)
-    owner = jnp.broadcast_to(initial_document[:, None], (x.shape[0], history))
-    owner = place(jnp.pad(documents, ((0, 0), (history, 0))), owner, lead)
-    return extended, owner, end
+    continues = (documents == initial_document[:, None])[..., None, None]
+    return jnp.where(continues, place(room, added, lead)[:, :length], 0)
 
 
-def _window(array, start, size):
-    return jax.vmap(lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, size, axis=0))(array, start)
+def _final(x, history, initial, lead, end, documents, initial_document):
+    """The last W-1 inputs of the document that is open at the end, zeros where it had fewer."""
+    if initial is None:
+        initial = jnp.zeros((x.shape[0], history, *x.shape[2:]), x.dtype)
+    if documents is None:
+        return jnp.concatenate([initial.astype(x.dtype), x[:, max(0, x.shape[1] - history) :]], axis=1)[:, -history:]
+    take = lambda array, at: jnp.take_along_axis(array, jnp.clip(at, 0, array.shape[1] - 1)[..., None, None], axis=1)
+    at = end[:, None] - history + jnp.arange(history)
+    open_document = docs.last(documents, initial_document)[:, None]
+    owner = jnp.take_along_axis(documents, jnp.clip(at, 0), axis=1)
+    here = jnp.where((owner == open_document)[..., None, None], take(x, at), 0)
+    continues = (initial_document[:, None] == open_document)[..., None, None]
+    earlier = jnp.where(continues, take(initial.astype(x.dtype), at - lead[:, None] + history), 0)
+    return jnp.where((at >= lead[:, None])[..., None, None], here, earlier)

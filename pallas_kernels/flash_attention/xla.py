@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 QUERY_BLOCK = 256
-KEY_BLOCK = 512
+KEY_BLOCK = 256
 # One query is cheap to score, so decoding looks at more keys at a time.
 DECODE_KEY_BLOCK = 2048
 

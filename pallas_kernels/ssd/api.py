@@ -46,7 +46,7 @@ def ssd(
       initial_state: state before the first token, float32; default zero.
       documents: see `pallas_kernels.documents`.
       initial_document: document that `initial_state` belongs to; default 0 (none) with `documents`.
-      chunk_size: tokens a chunk; changes the blocking, not the result.
+      chunk_size: most tokens a chunk; changes the blocking, not the result.
       implementation: `"xla"`, `"reference"`, or None for the default.
 
     Returns:

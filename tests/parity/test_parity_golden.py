@@ -9,6 +9,7 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 import oracle
+import pair
 
 import nemojax
 
@@ -31,11 +32,11 @@ def test_transformers_still_gives_the_stored_answers(case):
 def test_nemojax_gives_the_stored_answers(case):
     stored = np.load(GOLDEN / case / "reference.npz")
     model, params = nemojax.load(GOLDEN / case, dtype="float32")
-    out = model.apply({"params": params}, stored["tokens"], capture=("resid_post",))
+    out = pair.run(pair.Pair(None, model, params), stored["tokens"], capture=("resid_post",))
     assert oracle.distance(out.logits, stored["logits"]) < 2e-5
     if "hidden_states" in stored:
         assert oracle.distance(np.stack(out.captured["resid_post"]), stored["hidden_states"]) < 2e-5
-    new = nemojax.generate(model, params, stored["tokens"], max_new_tokens=stored["greedy"].shape[1], temperature=0.0)
+    new = nemojax.generate(model, params, stored["tokens"], max_new_tokens=stored["greedy"].shape[1])
     assert np.array_equal(new, stored["greedy"])
 
 
