@@ -114,7 +114,8 @@ class OrbaxSource:
         return np.dtype(self._stored[entry.leaf].dtype)
 
     def read(self, entry: Entry) -> np.ndarray:
-        abstract = jax.ShapeDtypeStruct(entry.spec.shape, self.dtype(entry))
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+        abstract = jax.ShapeDtypeStruct(entry.spec.shape, self.dtype(entry), sharding=device)
         loaded = checkpoint.read_orbax(self.path, unflatten([(entry.leaf, abstract)]))
         return np.asarray(jax.tree.leaves(loaded)[0])
 

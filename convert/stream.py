@@ -44,7 +44,7 @@ def convert(
     source_path: str | os.PathLike,
     target: str | os.PathLike,
     *,
-    hf_layout: str = "released",
+    hf_layout: str | None = None,
     overwrite: bool = False,
     show_progress: bool = True,
     max_shard_bytes: int = 5_000_000_000,
@@ -54,7 +54,7 @@ def convert(
     Args:
       source_path: the checkpoint; its format decides the direction.
       target: directory to make. It appears under its name only when it is complete.
-      hf_layout: layout of a Hugging Face target, `"released"` or `"fused"`.
+      hf_layout: layout of a Hugging Face target, `"released"` (default) or `"fused"`.
       overwrite: replace a target that is not empty.
       show_progress: draw a bar on standard error.
       max_shard_bytes: largest safetensors file.
@@ -67,6 +67,10 @@ def convert(
     with open_source(source_path) as source:
         sizes = {e.leaf: e.spec.size * source.dtype(e).itemsize for e in source.entries}
         to_hf = isinstance(source, OrbaxSource)
+        if hf_layout and not to_hf:
+            raise InputError(
+                f"--layout {hf_layout} names a Hugging Face target, but {source_path} becomes Orbax; omit it"
+            )
         label = f"{source_path.name} -> {'Hugging Face' if to_hf else 'Orbax'}"
         total = sum(sizes.values())
         with (
@@ -74,7 +78,7 @@ def convert(
             progress(label, total, show=show_progress) as bar,
         ):
             if to_hf:
-                tensors = _write_hf(source, partial, hf_layout, max_shard_bytes, bar, sizes)
+                tensors = _write_hf(source, partial, hf_layout or "released", max_shard_bytes, bar, sizes)
             else:
                 tensors = _write_orbax(source, partial, bar, sizes)
             companions = layout.copy_companions(source_path, partial)

@@ -1,0 +1,5 @@
+"""`python -m nemojax` is the `nemojax` command."""
+
+from nemojax.cli import run
+
+run()
