@@ -1,0 +1,56 @@
+# make demo    the main job on a small checkpoint: inspect, convert, load, run, compare, export
+# make test    lint and the whole test suite (no torch needed)
+# make parity  live comparison with transformers (Python 3.11, torch on the CPU)
+# make bench   CPU speed beside transformers
+# Each makes the environment that it needs.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+export JAX_PLATFORMS ?= cpu
+export HF_HUB_OFFLINE ?= 1
+export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
+
+# The first of these interpreters that starts. A version manager's shim may exist and still not start.
+works = $(shell for p in $(1); do "$$p" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' \
+	2>/dev/null && echo "$$p" && break; done)
+PYTHON ?= $(call works,python3.12 python3.11 python3.13 python3)
+PYTHON_311 ?= $(call works,python3.11)
+
+.PHONY: help demo test lint parity bench clean
+
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
+
+.venv/ready: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 with venv is needed, none was found" >&2; exit 1; }
+	"$(PYTHON)" -m venv --clear .venv
+	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
+	touch $@
+
+.venv-parity/ready: pyproject.toml constraints.txt
+	@test -n "$(PYTHON_311)" || { echo "live parity needs Python 3.11, none was found" >&2; exit 1; }
+	"$(PYTHON_311)" -m venv --clear .venv-parity
+	.venv-parity/bin/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
+	.venv-parity/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[test,parity]"
+	touch $@
+
+demo: .venv/ready
+	.venv/bin/python -m experiments.demo
+
+lint: .venv/ready
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+test: lint
+	.venv/bin/python -m pytest --ignore tests/parity
+
+parity: .venv-parity/ready
+	.venv-parity/bin/python -m pytest tests/parity
+
+bench: .venv/ready .venv-parity/ready
+	.venv/bin/python -m experiments.bench_forward
+
+clean:
+	rm -rf .venv .venv-parity .pytest_cache .ruff_cache .hypothesis out
