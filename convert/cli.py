@@ -81,4 +81,4 @@ def _verify(args: argparse.Namespace) -> int:
         print("best tokens where they differ most:  A token (log-probability)   B token (log-probability)")
         for a, log_p, b, log_q in logits.examples:
             print(f"{'':36} {a:>8} ({log_p:7.3f}) {b:>17} ({log_q:7.3f})")
-    return 1 if result.differences else 0
+    return 1 if result.differences or result.config else 0

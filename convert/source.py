@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from convert.hf_reader import HFReader
@@ -74,10 +73,10 @@ class HFSource:
                 f"{tensor.file}: tensor {name} has shape {tensor.shape}, the config.json implies {entry.shape}"
             )
         # float8 and integers are quantised values, meaningless without their scales.
-        if tensor.dtype.itemsize < 2 or not jnp.issubdtype(tensor.dtype, jnp.floating):
+        if tensor.dtype not in checkpoint.DTYPES:
             raise InputError(
-                f"{tensor.file}: tensor {name} has dtype {tensor.dtype}; quantised checkpoints are not supported, "
-                f"use the BF16 release"
+                f"{tensor.file}: tensor {name} has dtype {tensor.dtype}; only {', '.join(map(str, checkpoint.DTYPES))} "
+                f"are supported, use the BF16 release"
             )
         if tensor.dtype != first.dtype:
             raise InputError(

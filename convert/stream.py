@@ -105,7 +105,7 @@ def _write_orbax(source: Source, partial: Path, bar, sizes: dict[str, int]) -> i
                 advance(bar, entry.leaf, sizes[entry.leaf])
         batch, waiting = [], 0
 
-    with _full_disk_is_an_input_error(target), checkpoint.saving():
+    with checkpoint.saving():
         for entry in source.entries:
             if waiting + sizes[entry.leaf] > _BATCH_BYTES:
                 flush()
@@ -140,19 +140,3 @@ def _tensors(entry: Entry, leaf: np.ndarray, source: Source):
     else:
         for name, expert in zip(entry.tensors, leaf, strict=True):
             yield name, rule.to_tensor(expert, config)
-
-
-class _full_disk_is_an_input_error:
-    """Orbax reports a full disk as one of several errors with the system's text inside."""
-
-    def __init__(self, target: Path):
-        self._target = target
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, trace):
-        text = str(error)
-        if error is not None and ("No space left" in text or "File too large" in text or "RESOURCE_EXHAUSTED" in text):
-            raise InputError(f"{self._target.parent}: the disk is full; make room and start again") from None
-        return False

@@ -73,8 +73,9 @@ def compare(a: str | os.PathLike, b: str | os.PathLike, *, show_progress: bool =
 
 def _compare_leaf(entry: Entry, x: np.ndarray, y: np.ndarray) -> list[Difference]:
     if x.dtype != y.dtype:
-        same = np.array_equal(x.astype(np.float32), y.astype(np.float32))
-        return [Difference(entry.tensors[0], f"dtype {x.dtype} != {y.dtype}, values {'equal' if same else 'differ'}")]
+        same = np.array_equal(x.astype(np.float32), y.astype(np.float32), equal_nan=True)
+        what = f"dtype {x.dtype} != {y.dtype}, values {'equal' if same else 'differ'}"
+        return [Difference(name, what) for name in entry.tensors]
     bits = np.dtype(f"u{x.dtype.itemsize}")
     unequal = x.view(bits) != y.view(bits)
     if not unequal.any():
@@ -86,7 +87,8 @@ def _compare_leaf(entry: Entry, x: np.ndarray, y: np.ndarray) -> list[Difference
 
 
 def _difference(name: str, x: np.ndarray, y: np.ndarray, unequal: np.ndarray) -> Difference:
-    gap = np.abs(x.astype(np.float32) - y.astype(np.float32)).max()
+    with np.errstate(all="ignore"):  # inf and nan are values like others here
+        gap = np.abs(x.astype(np.float32) - y.astype(np.float32)).max()
     return Difference(name, f"{unequal.sum():,} of {unequal.size:,} elements differ, by {gap:.3g} at most")
 
 

@@ -58,9 +58,7 @@ def _run(checkpoint: Path) -> bool:
     forward = jax.jit(model.apply)
     logits = np.asarray(forward({"params": params}, tokens).logits)
     error = np.abs(logits - reference["logits"]).max() / np.abs(reference["logits"]).max()
-    print(
-        f"logits {logits.shape}: largest difference to transformers {error:.1e} of the largest logit (bound {TOLERANCE})"
-    )
+    print(f"logits {logits.shape}: at most {error:.1e} of the largest logit from transformers' (bound {TOLERANCE:.0e})")
 
     count = reference["greedy"].shape[1]
     new = np.asarray(nemojax.generate(model, params, tokens, max_new_tokens=count, stop_ids=()))
@@ -73,7 +71,7 @@ def _run(checkpoint: Path) -> bool:
     longer = lambda n: nemojax.generate(model, params, tokens, max_new_tokens=n, stop_ids=())
     decode = _seconds(lambda: longer(129)) - _seconds(lambda: longer(1))
     print(
-        f"speed: prefill {LONG_TOKENS / prefill:,.0f} tokens/s ({LONG_TOKENS} tokens), decode {128 / decode:,.0f} tokens/s"
+        f"speed: prefill of {LONG_TOKENS:,} {LONG_TOKENS / prefill:,.0f} tokens/s, decode {128 / decode:,.0f} tokens/s"
     )
     return error <= TOLERANCE and same and np.array_equal(tokens, reference["tokens"])
 

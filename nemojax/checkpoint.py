@@ -18,6 +18,8 @@ from nemojax.hf_config import config_to_hf
 from nemojax.model import Nemotron
 from nemojax.specs import flatten, map_specs, model_specs, unflatten
 
+# What a checkpoint may hold. Without its 64-bit mode, jax turns float64 into float32 silently.
+DTYPES = tuple(np.dtype(dtype) for dtype in (jax.numpy.bfloat16, np.float16, np.float32))
 # Chunks on disk of at most this size keep what Orbax holds beside a leaf while writing it far below the leaf itself.
 _CHUNK_BYTES = 32 * 2**20
 
@@ -92,10 +94,14 @@ def orbax_leaves(path: Path) -> dict[str, Any]:
       InputError: Orbax cannot read the directory.
     """
     try:
-        tree = ocp.metadata(path / layout.PARAMS).metadata
+        tree = ocp.metadata(_params(path)).metadata
     except Exception as error:  # Orbax raises many types for a damaged directory
         raise _unreadable(path, error) from None
-    return dict(flatten(tree))
+    # For some damage it only logs and returns None.
+    leaves = dict(flatten(tree)) if isinstance(tree, dict) else {}
+    if not leaves or not all(hasattr(leaf, "shape") for leaf in leaves.values()):
+        raise InputError(f"{path / layout.PARAMS}: Orbax finds no parameters in it; convert the checkpoint again")
+    return leaves
 
 
 def read_orbax(path: Path, abstract: dict[str, Any]) -> dict[str, Any]:
@@ -108,14 +114,19 @@ def read_orbax(path: Path, abstract: dict[str, Any]) -> dict[str, Any]:
     context.pytree.loading.partial_load = True
     try:
         with context:
-            return ocp.load(path / layout.PARAMS, abstract)
+            return ocp.load(_params(path), abstract)
     except Exception as error:  # as above
         raise _unreadable(path, error) from None
 
 
+def _params(path: Path) -> Path:
+    return (path / layout.PARAMS).absolute()  # Orbax refuses relative paths
+
+
 def _unreadable(path: Path, error: Exception) -> InputError:
+    error = error.__cause__ or error  # the cause names the array and the file
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return InputError(f"{path / layout.PARAMS}: Orbax cannot read it ({reason[:200]}); convert the checkpoint again")
+    return InputError(f"{path / layout.PARAMS}: Orbax cannot read it ({reason[:300]}); convert the checkpoint again")
 
 
 def check_orbax(path: Path, config: Config) -> dict[str, Any]:
@@ -133,8 +144,8 @@ def check_orbax(path: Path, config: Config) -> dict[str, Any]:
             raise InputError(
                 f"{path}: {name} has shape {tuple(stored[name].shape)}, the config.json implies {specs[name].shape}"
             )
-        if not jax.numpy.issubdtype(np.dtype(stored[name].dtype), np.floating):
-            raise InputError(f"{path}: {name} has dtype {stored[name].dtype}, expected a floating type")
+        if np.dtype(stored[name].dtype) not in DTYPES:
+            raise InputError(f"{path}: {name} has dtype {stored[name].dtype}, expected {', '.join(map(str, DTYPES))}")
     return stored
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -78,6 +79,8 @@ def _generate(args: argparse.Namespace) -> int:
 
 def run() -> None:
     """Entry point of the installed command."""
+    # Libraries log, with tracebacks, what they then raise; a user gets one line.
+    logging.disable(logging.ERROR)
     # Progress and results go to different streams; a closed pipe (`| head`) is not an error.
     try:
         code = main()

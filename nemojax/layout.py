@@ -7,6 +7,7 @@ PATH/...             tokenizer, generation config, chat template, as they came
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -28,6 +29,8 @@ _WEIGHTS = (
     ".h5",
     ".msgpack",
 )
+
+_FULL = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), os.strerror(errno.EFBIG), "RESOURCE_EXHAUSTED")
 
 
 def is_orbax(path: Path) -> bool:
@@ -60,7 +63,7 @@ def new_directory(target: Path, *, overwrite: bool, needed_bytes: int) -> Iterat
     Raises:
       InputError: the target exists, cannot be made, or does not fit on the disk.
     """
-    target = Path(os.path.abspath(target))
+    target = Path(target).resolve()  # a link to a directory could not be replaced at the end
     if target.exists() and not target.is_dir():
         raise InputError(f"{target}: exists and is not a directory; choose another target")
     if target.is_dir() and any(target.iterdir()) and not overwrite:
@@ -76,11 +79,18 @@ def new_directory(target: Path, *, overwrite: bool, needed_bytes: int) -> Iterat
             )
         partial.mkdir()
         yield partial
-        if target.is_dir():
+        if target.is_dir() and overwrite:
             shutil.rmtree(target)
-        partial.rename(target)
+        partial.rename(target)  # also replaces an empty directory, and refuses one that was filled meanwhile
     except OSError as error:
-        raise InputError(f"{target}: cannot be written ({error.strerror or error})") from None
+        problem = error.strerror or str(error)
+        raise InputError(f"{target}: cannot be written ({problem}); check permissions and free space") from None
+    except InputError:
+        raise
+    except Exception as error:  # Orbax raises many types with the system's text inside
+        if any(problem in str(error) for problem in _FULL):
+            raise InputError(f"{target}: cannot be written, the disk is full; make room and start again") from None
+        raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -37,7 +37,7 @@ class Output(NamedTuple):
 class Nemotron(nn.Module):
     """A Nemotron-H / Nemotron 3 language model.
 
-    `model.init(key, tokens)["params"]` makes parameters; `model.apply({"params": params}, tokens, ...)` is a pure
+    `model.init(key, tokens)["params"]` makes parameters without running the layers; `model.apply({"params": params}, tokens, ...)` is a pure
     function to hand to `jax.jit`, `jax.grad` and the rest of JAX.
 
     Attributes:
@@ -75,6 +75,8 @@ class Nemotron(nn.Module):
         """
         tokens, segment_ids = checks.call(self.config, tokens, segment_ids, cache, mtp, capture)
         params = declare(self, model_specs(self.config))
+        if self.is_initializing():
+            return Output(jnp.zeros((*tokens.shape, self.config.vocab_size)))  # only the parameters are wanted
         run = forward.backbone(
             params,
             tokens,
@@ -99,5 +101,5 @@ class Nemotron(nn.Module):
 
 
 def init_params(config: Config, key: jax.Array) -> dict[str, Any]:
-    """Fresh parameters; same values as `Nemotron(config).init`, without running the model."""
+    """Fresh parameters: what `Nemotron(config).init` makes, which does not depend on the tokens."""
     return Nemotron(config).init(key, jnp.zeros((1, 1), jnp.int32))["params"]

@@ -1,0 +1,36 @@
+"""Settings of the whole test run: JAX on CPU, and every shape annotation of the library checked while it runs."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+from pathlib import Path
+
+import hypothesis
+import jaxtyping
+import pytest
+
+_ROOT = Path(__file__).parent.parent
+# Flax hands a dict attribute back as a FrozenDict, so the annotations of `declare` do not hold at run time.
+_NOT_CHECKED = {"nemojax.layers.shell"}
+
+
+def _checked_modules() -> list[str]:
+    files = [path for package in ("nemojax", "pallas_kernels") for path in (_ROOT / package).rglob("*.py")]
+    names = {".".join(path.relative_to(_ROOT).with_suffix("").parts) for path in files}
+    return sorted(name for name in names - _NOT_CHECKED if not name.endswith(("__init__", "__main__")))
+
+
+jaxtyping.install_import_hook(_checked_modules(), "beartype.beartype")
+
+# Compilation makes one example slow whatever its size; the same examples in every run make a failure repeatable.
+hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("repeatable")
+
+
+@pytest.fixture
+def annotations_off():
+    """Lets a wrong argument through to the checks that a user meets, who runs without annotation checks."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
