@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 from nemojax.errors import InputError
@@ -77,10 +78,17 @@ def _generate(args: argparse.Namespace) -> int:
     return 0
 
 
+def _silence_libraries() -> None:
+    """Orbax and TensorStore report, with tracebacks, what they then raise; a user gets our one line."""
+    logging.disable(logging.ERROR)
+    sys.unraisablehook = lambda _: None  # threads that go on after a failed write, and find their event loop gone
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+
+
 def run() -> None:
     """Entry point of the installed command."""
-    # Libraries log, with tracebacks, what they then raise; a user gets one line.
-    logging.disable(logging.ERROR)
+    _silence_libraries()
     # Progress and results go to different streams; a closed pipe (`| head`) is not an error.
     try:
         code = main()

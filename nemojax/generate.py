@@ -35,10 +35,10 @@ class Sampling(NamedTuple):
 def generate(
     model: Nemotron,
     params: dict[str, Any],
-    tokens: Int[Array, "B T"] | Sequence[Sequence[int]],
+    tokens: Int[Array | np.ndarray, "B T"] | Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    segment_ids: Int[Array, "B T"] | None = None,
+    segment_ids: Int[Array | np.ndarray, "B T"] | None = None,
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,

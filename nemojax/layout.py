@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -92,7 +93,16 @@ def new_directory(target: Path, *, overwrite: bool, needed_bytes: int) -> Iterat
             raise InputError(f"{target}: cannot be written, the disk is full; make room and start again") from None
         raise
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove(partial)
+
+
+def _remove(directory: Path) -> None:
+    """Removes it for good: Orbax's threads go on writing, and make it anew, after one of them has failed."""
+    for _ in range(20):
+        if not directory.exists():
+            return
+        shutil.rmtree(directory, ignore_errors=True)
+        time.sleep(0.2)
 
 
 def copy_companions(source: Path, target: Path) -> list[str]:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from nemojax import checks, forward
@@ -37,8 +38,9 @@ class Output(NamedTuple):
 class Nemotron(nn.Module):
     """A Nemotron-H / Nemotron 3 language model.
 
-    `model.init(key, tokens)["params"]` makes parameters without running the layers; `model.apply({"params": params}, tokens, ...)` is a pure
-    function to hand to `jax.jit`, `jax.grad` and the rest of JAX.
+    `model.init(key, tokens)["params"]` makes parameters without running the layers;
+    `model.apply({"params": params}, tokens, ...)` is a pure function to hand to `jax.jit`, `jax.grad` and the rest of
+    JAX.
 
     Attributes:
       config: the model's configuration.
@@ -51,8 +53,8 @@ class Nemotron(nn.Module):
     @nn.compact
     def __call__(
         self,
-        tokens: Int[Array, "B T"],
-        segment_ids: Int[Array, "B T"] | None = None,
+        tokens: Int[Array | np.ndarray, "B T"],
+        segment_ids: Int[Array | np.ndarray, "B T"] | None = None,
         cache: Cache | None = None,
         *,
         mtp: bool = False,

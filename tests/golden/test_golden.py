@@ -35,10 +35,10 @@ def test_residual_stream_of_every_layer(case):
     model, params, reference = case
     if "hidden_states" not in reference:
         pytest.skip("the demo checkpoint stores logits only")
-    run = jax.jit(lambda p, t: model.apply({"params": p}, t, capture=("resid_pre",)).captured["resid_pre"])
+    run = jax.jit(lambda p, t: model.apply({"params": p}, t, capture=("resid_post",)).captured["resid_post"])
     ours = run(params, reference["tokens"])
-    for layer, (x, expected) in enumerate(zip(ours, reference["hidden_states"], strict=False)):
-        assert _error(x, expected) < TOLERANCE, f"before layer {layer}"
+    for layer, (x, expected) in enumerate(zip(ours, reference["hidden_states"], strict=True)):
+        assert _error(x, expected) < TOLERANCE, f"after layer {layer}"
 
 
 def test_greedy_tokens(case):
