@@ -209,7 +209,9 @@ def match(config: Config, names: Iterable[str]) -> tuple[list[Entry], list[str],
     Returns:
       The entries (with the checkpoint's own names), the names that are missing, and those that no rule uses.
     """
-    present = {_OLD_NAMES.get(name, name): name for name in names}
+    names = list(names)
+    old = {name: new for name, new in _OLD_NAMES.items() if new not in names}  # both: one of them is left over
+    present = {old.get(name, name): name for name in names}
     layout = "fused" if any(name.startswith("model.") for name in present) else "released"
     found, missing, used = [], [], set()
     for leaf, spec in flatten(model_specs(config)):

@@ -113,10 +113,10 @@ class OrbaxSource:
         return np.dtype(self._stored[entry.leaf].dtype)
 
     def read(self, entry: Entry) -> np.ndarray:
-        device = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-        abstract = jax.ShapeDtypeStruct(entry.spec.shape, self.dtype(entry), sharding=device)
+        # Asked for a NumPy array, Orbax reads into the result; a JAX array would be a copy of what it read.
+        abstract = np.broadcast_to(np.zeros((), self.dtype(entry)), entry.spec.shape)
         loaded = checkpoint.read_orbax(self.path, unflatten([(entry.leaf, abstract)]))
-        return np.asarray(jax.tree.leaves(loaded)[0])
+        return jax.tree.leaves(loaded)[0]
 
 
 def empty_aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

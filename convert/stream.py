@@ -125,7 +125,7 @@ def _write_hf(source: Source, partial: Path, hf_layout: str, max_shard_bytes: in
             leaf = source.read(entry)
             for name, tensor in _tensors(entry, leaf, source):
                 writer.write(name, tensor)
-            del leaf
+            del leaf, tensor  # `tensor` is a view that would keep the leaf alive during the next read
             advance(bar, entry.leaf, sizes[entry.leaf])
     return len(plan)
 

@@ -105,7 +105,7 @@ def orbax_leaves(path: Path) -> dict[str, Any]:
 
 
 def read_orbax(path: Path, abstract: dict[str, Any]) -> dict[str, Any]:
-    """Reads the leaves that `abstract` (a nested dict of `jax.ShapeDtypeStruct`) names, cast to its dtypes.
+    """Reads the leaves that `abstract` (a nested dict of `jax.ShapeDtypeStruct` or NumPy arrays) names, cast to its dtypes.
 
     Raises:
       InputError: Orbax cannot read them.

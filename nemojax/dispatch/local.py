@@ -6,7 +6,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.expert_mlp import expert_mlp
+from pallas_kernels.expert_mlp import expert_mlp, token_mlp
+
+# Up to this many (row, expert) pairs, sorting costs more than reading an expert twice.
+FEW_PAIRS = 32
 
 
 def dispatch(
@@ -20,6 +23,8 @@ def dispatch(
 ) -> Float[Array, "R L"]:
     """See `nemojax.dispatch`."""
     rows, chosen = ids.shape
+    if rows * chosen <= FEW_PAIRS:
+        return token_mlp(x, up, down, ids, weights, implementation=implementation)
     with jax.named_scope("sort"):
         order = jnp.argsort(ids.reshape(-1), stable=True)
         group_sizes = jnp.bincount(ids.reshape(-1), length=up.shape[0])

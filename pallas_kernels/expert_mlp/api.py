@@ -8,6 +8,7 @@ from pallas_kernels.choice import choose
 from pallas_kernels.expert_mlp import reference, xla
 
 IMPLEMENTATIONS = {"xla": xla.expert_mlp, "reference": reference.expert_mlp}
+TOKEN_IMPLEMENTATIONS = {"xla": xla.token_mlp, "reference": reference.token_mlp}
 
 
 def expert_mlp(
@@ -41,3 +42,38 @@ def expert_mlp(
             f"group_sizes {group_sizes.shape} do not fit together"
         )
     return choose("expert_mlp", IMPLEMENTATIONS, implementation)(x, up, down, weights, group_sizes)
+
+
+def token_mlp(
+    x: Float[Array, "R L"],
+    up: Float[Array, "E F L"],
+    down: Float[Array, "E F L"],
+    ids: Int[Array, "R K"],
+    weights: Float[Array, "R K"],
+    *,
+    implementation: str | None = None,
+) -> Float[Array, "R L"]:
+    """`y[r] = sum_k weights[r, k] * relu(x[r] up[e]^T)^2 down[e]` with e = ids[r, k]: for a few tokens, nothing sorted.
+
+    Args:
+      x: one row a token. up, down: see `expert_mlp`.
+      ids: experts of each row. weights: router weight of each, float32.
+      implementation: `"xla"`, `"reference"`, or None for the default.
+
+    Returns:
+      float32 rows.
+
+    Raises:
+      ValueError: shapes that do not belong together.
+    """
+    if (
+        up.shape != down.shape
+        or up.shape[2] != x.shape[1]
+        or ids.shape != weights.shape
+        or ids.shape[:1] != x.shape[:1]
+    ):
+        raise ValueError(
+            f"token_mlp: x {x.shape}, up {up.shape}, down {down.shape}, ids {ids.shape} and weights {weights.shape} do "
+            f"not fit together"
+        )
+    return choose("token_mlp", TOKEN_IMPLEMENTATIONS, implementation)(x, up, down, ids, weights)

@@ -4,8 +4,8 @@ Many rows: each group is cut into blocks of rows and one loop runs over the bloc
 routing (`jax.lax.ragged_dot` would be a dense product over all experts on CPU and CUDA). The last block of a group
 reads on into the next group; what it writes there is overwritten when that group's turn comes, so no mask is needed.
 
-Few rows (decoding): the rows' weights are gathered and used at once. The gather is the cost; the products then read
-from cache.
+Few tokens (decoding): their experts' weights are gathered and used at once, which is two matrix-vector products for one
+token. The gather is the cost; the products then read from cache.
 """
 
 from __future__ import annotations
@@ -13,26 +13,16 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-GATHER_ROWS = 16
 BLOCK_SIZES = (8, 16, 32, 64, 96)
 
 
-def expert_mlp(x, up, down, weights, group_sizes):
-    """See `api.expert_mlp`."""
-    if x.shape[0] <= GATHER_ROWS:
-        return _gathered(x, up, down, weights, group_sizes)
-    return _blocked(x, up, down, weights, group_sizes)
-
-
-def _gathered(x, up, down, weights, group_sizes):
-    ends = jnp.cumsum(group_sizes)
-    rows = jnp.arange(x.shape[0])
-    expert = jnp.searchsorted(ends, rows, side="right")
-    up, down = (w.at[expert].get(mode="clip") for w in (up, down))
-    hidden = jnp.einsum("rfl,rl->rf", up, x, preferred_element_type=jnp.float32)
-    hidden = jnp.square(jax.nn.relu(hidden)).astype(x.dtype)
-    y = jnp.einsum("rf,rfl->rl", hidden, down, preferred_element_type=jnp.float32)
-    return jnp.where((rows < ends[-1])[:, None], y * weights[:, None], 0)
+def token_mlp(x, up, down, ids, weights):
+    """See `api.token_mlp`."""
+    up, down = (w.at[ids].get(mode="promise_in_bounds") for w in (up, down))
+    hidden = jnp.einsum("rkfl,rl->rkf", up, x, preferred_element_type=jnp.float32)
+    # With the router weight on this side, one product sums over experts and hidden units at once.
+    hidden = (jnp.square(jax.nn.relu(hidden)) * weights[..., None]).astype(x.dtype)
+    return jnp.einsum("rkf,rkfl->rl", hidden, down, preferred_element_type=jnp.float32)
 
 
 def _plan(rows, group_sizes):
@@ -61,7 +51,8 @@ def _dot(a, b, contract):
 
 
 @jax.custom_vjp
-def _blocked(x, up, down, weights, group_sizes):
+def expert_mlp(x, up, down, weights, group_sizes):
+    """See `api.expert_mlp`."""
     rows, width = x.shape
     block, count, expert, first, _ = _plan(rows, group_sizes)
     padded = jnp.pad(x, ((0, block), (0, 0)))
@@ -78,7 +69,7 @@ def _blocked(x, up, down, weights, group_sizes):
 
 
 def _forward(x, up, down, weights, group_sizes):
-    return _blocked(x, up, down, weights, group_sizes), (x, up, down, weights, group_sizes)
+    return expert_mlp(x, up, down, weights, group_sizes), (x, up, down, weights, group_sizes)
 
 
 def _backward(saved, dy):
@@ -117,4 +108,4 @@ def _backward(saved, dy):
     )
 
 
-_blocked.defvjp(_forward, _backward)
+expert_mlp.defvjp(_forward, _backward)
