@@ -6,12 +6,11 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from nemojax.cache import AttentionState
 from nemojax.config import Config
-from nemojax.layers.project import project
+from nemojax.layers.project import project, project_back
 from nemojax.layers.shell import declare
 from nemojax.segments import ALONE, Segments, write_slots
 from nemojax.specs import attention_specs
@@ -59,7 +58,7 @@ def attention(
             implementation=implementation,
         )
     with jax.named_scope("o_proj"):
-        return jnp.einsum("bthp,dhp->btd", y, params["o_proj"]), state
+        return project_back(y, params["o_proj"]), state
 
 
 class Attention(nn.Module):

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from nemojax.cache import MambaState, init_mamba_state
 from nemojax.config import Config
 from nemojax.layers.norm import gated_rms_norm
-from nemojax.layers.project import project
+from nemojax.layers.project import project, project_back
 from nemojax.layers.shell import declare
 from nemojax.segments import ALONE, Segments
 from nemojax.specs import mamba2_specs
@@ -72,8 +72,7 @@ def mamba2(
     with jax.named_scope("gated_norm"):
         y = gated_rms_norm(y, z, params["norm"], config.layer_norm_epsilon)
     with jax.named_scope("out_proj"):
-        weight = rearrange(params["out_proj"], "d g i -> d (g i)")
-        y = jnp.einsum("bti,di->btd", rearrange(y, "b t g i -> b t (g i)"), weight)
+        y = project_back(y, params["out_proj"])
     return y, MambaState(conv_state, ssm_state)
 
 

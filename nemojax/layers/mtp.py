@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -11,8 +12,9 @@ from jaxtyping import Array, Float
 from nemojax.config import Config
 from nemojax.layers.block import block
 from nemojax.layers.norm import rms_norm
+from nemojax.layers.shell import declare
 from nemojax.segments import ALONE, Segments
-from nemojax.specs import layer_name
+from nemojax.specs import layer_name, mtp_specs
 
 
 def mtp(
@@ -44,3 +46,13 @@ def mtp(
             out = block(params[name], x, kind=kind, config=config, segments=segments, implementation=implementation)
             x = out.x
     return rms_norm(x, params["final_layernorm"], eps)
+
+
+class MTP(nn.Module):
+    """Flax shell of `mtp`."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, hidden, next_embedding, **options):
+        return mtp(declare(self, mtp_specs(self.config)), hidden, next_embedding, config=self.config, **options)
