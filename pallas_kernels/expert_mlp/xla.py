@@ -1,8 +1,9 @@
 """Grouped expert MLP in plain JAX: only chosen experts are computed, no row is dropped.
 
-Many rows: each group is cut into blocks of rows and one loop runs over the blocks that exist, so the work follows the
-routing (`jax.lax.ragged_dot` would be a dense product over all experts on CPU and CUDA). The last block of a group
-reads on into the next group; what it writes there is overwritten when that group's turn comes, so no mask is needed.
+Many rows: each group is cut into blocks of rows and loops run over the blocks that exist, so the work follows the
+routing (`jax.lax.ragged_dot` would be a dense product over all experts on CPU and CUDA). Small blocks cover what a
+group has beyond a multiple of the large block, at its start, and go first. The last reads on into rows that are not
+its own; what it writes there is overwritten when their turn comes, so no mask is needed.
 
 Few tokens (decoding): their experts' weights are gathered and used at once, which is two matrix-vector products for one
 token. The gather is the cost; the products then read from cache.
@@ -10,10 +11,14 @@ token. The gather is the cost; the products then read from cache.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
-BLOCK_SIZES = (8, 16, 32, 64, 96)
+# (large, small), by the mean number of rows an expert has. A large block runs near the machine's matrix rate, a small
+# one wastes little on the rest.
+BLOCKS = ((192, 32), (64, 16), (16, 8))
 
 
 def token_mlp(x, up, down, ids, weights):
@@ -25,21 +30,39 @@ def token_mlp(x, up, down, ids, weights):
     return jnp.einsum("rkf,rkfl->rl", hidden, down, preferred_element_type=jnp.float32)
 
 
-def _plan(rows, group_sizes):
-    """Block size (static), number of blocks, and for each block its expert, first row and rows of its own."""
+class _Pass(NamedTuple):
+    """Blocks of one size: how many, and for each its expert, its first row, and how many of its rows are its own."""
+
+    block: int
+    count: jax.Array
+    expert: jax.Array
+    first: jax.Array
+    own: jax.Array
+
+
+def _passes(rows, group_sizes):
     experts = group_sizes.shape[0]
-    block = max((b for b in BLOCK_SIZES if b * experts <= rows), default=BLOCK_SIZES[0])
-    blocks = -(-group_sizes // block)
+    large, small = next((b for b in BLOCKS if b[0] * experts <= rows), BLOCKS[-1])
+    start, rest = jnp.cumsum(group_sizes) - group_sizes, group_sizes % large
+    return _blocks(small, rows, rest, start), _blocks(large, rows, group_sizes - rest, start + rest)
+
+
+def _blocks(block, rows, sizes, start):
+    """Cuts `sizes[e]` rows from row `start[e]` on into blocks, for every expert e."""
+    blocks = -(-sizes // block)
     ends = jnp.cumsum(blocks)
-    index = jnp.arange(rows // block + experts)
-    expert = jnp.minimum(jnp.searchsorted(ends, index, side="right"), experts - 1)
+    index = jnp.arange(rows // block + sizes.shape[0])
+    expert = jnp.minimum(jnp.searchsorted(ends, index, side="right"), sizes.shape[0] - 1)
     inside = (index - (ends - blocks)[expert]) * block
-    first = (jnp.cumsum(group_sizes) - group_sizes)[expert] + inside
-    return block, ends[-1], expert, first, group_sizes[expert] - inside
+    return _Pass(block, ends[-1], expert, start[expert] + inside, sizes[expert] - inside)
 
 
 def _take(array, at, size):
     return jax.lax.dynamic_slice_in_dim(array, at, size, axis=0)
+
+
+def _put(array, part, at):
+    return jax.lax.dynamic_update_slice_in_dim(array, part, at, axis=0)
 
 
 def _pick(weights, expert):
@@ -54,18 +77,20 @@ def _dot(a, b, contract):
 def expert_mlp(x, up, down, weights, group_sizes):
     """See `api.expert_mlp`."""
     rows, width = x.shape
-    block, count, expert, first, _ = _plan(rows, group_sizes)
-    padded = jnp.pad(x, ((0, block), (0, 0)))
+    room = BLOCKS[0][0]
+    padded = jnp.pad(x, ((0, room), (0, 0)))
+    y = jnp.zeros((rows + room, width), jnp.float32)
+    for part in _passes(rows, group_sizes):
 
-    def body(b, y):
-        hidden = _dot(_take(padded, first[b], block), _pick(up, expert[b]), (1, 1))
-        hidden = jnp.square(jax.nn.relu(hidden)).astype(x.dtype)
-        out = _dot(hidden, _pick(down, expert[b]), (1, 0))
-        return jax.lax.dynamic_update_slice_in_dim(y, out, first[b], axis=0)
+        def body(b, y, part=part):
+            hidden = _dot(_take(padded, part.first[b], part.block), _pick(up, part.expert[b]), (1, 1))
+            hidden = jnp.square(jax.nn.relu(hidden)).astype(x.dtype)
+            out = _dot(hidden, _pick(down, part.expert[b]), (1, 0))
+            return _put(y, out, part.first[b])
 
-    y = jax.lax.fori_loop(0, count, body, jnp.zeros((rows + block, width), jnp.float32))[:rows]
+        y = jax.lax.fori_loop(0, part.count, body, y)
     is_real = jnp.arange(rows) < group_sizes.sum()
-    return jnp.where(is_real[:, None], y * weights[:, None], 0)
+    return jnp.where(is_real[:, None], y[:rows] * weights[:, None], 0)
 
 
 def _forward(x, up, down, weights, group_sizes):
@@ -74,38 +99,32 @@ def _forward(x, up, down, weights, group_sizes):
 
 def _backward(saved, dy):
     x, up, down, weights, group_sizes = saved
-    rows = x.shape[0]
-    block, count, expert, first, own = _plan(rows, group_sizes)
-    pad = lambda a: jnp.pad(a, [(0, block)] + [(0, 0)] * (a.ndim - 1))
+    rows, room = x.shape[0], BLOCKS[0][0]
+    pad = lambda a: jnp.pad(a, [(0, room)] + [(0, 0)] * (a.ndim - 1))
     x_rows, dy_rows, weight_rows = pad(x), pad(dy.astype(jnp.float32)), pad(weights)
+    grads = tuple(jnp.zeros(a.shape, jnp.float32) for a in (x_rows, up, down, weight_rows))
+    for part in _passes(rows, group_sizes):
 
-    def body(b, grads):
-        dx, dup, ddown, dweights = grads
-        e, at = expert[b], first[b]
-        mine = (jnp.arange(block) < own[b])[:, None]
-        xb, wb = _take(x_rows, at, block), _take(weight_rows, at, block)[:, None]
-        dyb = jnp.where(mine, _take(dy_rows, at, block), 0)
-        relu = jax.nn.relu(_dot(xb, _pick(up, e), (1, 1)))
-        hidden = jnp.square(relu).astype(x.dtype).astype(jnp.float32)
-        dhidden = _dot(dyb, _pick(down, e), (1, 1))  # before the router weight
-        dw = (dhidden * hidden).sum(axis=1)
-        drelu = 2 * relu * dhidden * wb
-        dx = jax.lax.dynamic_update_slice_in_dim(dx, _dot(drelu, _pick(up, e), (1, 0)), at, axis=0)
-        dup = dup.at[e].add(_dot(drelu, xb, (0, 0)))
-        ddown = ddown.at[e].add(_dot(hidden * wb, dyb, (0, 0)))
-        return dx, dup, ddown, jax.lax.dynamic_update_slice_in_dim(dweights, dw, at, axis=0)
+        def body(b, grads, part=part):
+            dx, dup, ddown, dweights = grads
+            e, at = part.expert[b], part.first[b]
+            mine = (jnp.arange(part.block) < part.own[b])[:, None]
+            xb, wb = _take(x_rows, at, part.block), _take(weight_rows, at, part.block)[:, None]
+            dyb = jnp.where(mine, _take(dy_rows, at, part.block), 0)
+            relu = jax.nn.relu(_dot(xb, _pick(up, e), (1, 1)))
+            hidden = jnp.square(relu).astype(x.dtype).astype(jnp.float32)
+            dhidden = _dot(dyb, _pick(down, e), (1, 1))  # before the router weight
+            drelu = 2 * relu * dhidden * wb
+            dup = dup.at[e].add(_dot(drelu, xb, (0, 0)))
+            ddown = ddown.at[e].add(_dot(hidden * wb, dyb, (0, 0)))
+            dx = _put(dx, _dot(drelu, _pick(up, e), (1, 0)), at)
+            return dx, dup, ddown, _put(dweights, (dhidden * hidden).sum(axis=1), at)
 
-    zeros = tuple(jnp.zeros(a.shape, jnp.float32) for a in (x_rows, up, down, weight_rows))
-    dx, dup, ddown, dweights = jax.lax.fori_loop(0, count, body, zeros)
+        grads = jax.lax.fori_loop(0, part.count, body, grads)
+    dx, dup, ddown, dweights = grads
     real = jnp.arange(rows) < group_sizes.sum()
     dx, dweights = jnp.where(real[:, None], dx[:rows], 0), jnp.where(real, dweights[:rows], 0)
-    return (
-        dx.astype(x.dtype),
-        dup.astype(up.dtype),
-        ddown.astype(down.dtype),
-        dweights.astype(weights.dtype),
-        None,
-    )
+    return dx.astype(x.dtype), dup.astype(up.dtype), ddown.astype(down.dtype), dweights.astype(weights.dtype), None
 
 
 expert_mlp.defvjp(_forward, _backward)
