@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 
 
 def register(commands: argparse._SubParsersAction) -> None:
@@ -37,8 +38,8 @@ def _convert(args: argparse.Namespace) -> int:
     from convert.stream import convert
     from nemojax.errors import InputError
 
-    if not args.max_shard_gb > 0:
-        raise InputError(f"--max-shard-gb must be positive, got {args.max_shard_gb}")
+    if not 1e-9 <= args.max_shard_gb < math.inf:
+        raise InputError(f"--max-shard-gb must be a positive size, got {args.max_shard_gb}; 5 is usual")
     done = convert(
         args.source,
         args.target,

@@ -70,7 +70,8 @@ class HFSource:
         tensor, first = self._reader[name], self._reader[entry.tensors[0]]
         if tensor.shape != entry.shape:
             raise InputError(
-                f"{tensor.file}: tensor {name} has shape {tensor.shape}, the config.json implies {entry.shape}"
+                f"{tensor.file}: tensor {name} has shape {tensor.shape}, the config.json implies {entry.shape}; one of "
+                f"the two is of another model"
             )
         # float8 and integers are quantised values, meaningless without their scales.
         if tensor.dtype not in checkpoint.DTYPES:

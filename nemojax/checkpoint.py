@@ -105,7 +105,8 @@ def orbax_leaves(path: Path) -> dict[str, Any]:
 
 
 def read_orbax(path: Path, abstract: dict[str, Any]) -> dict[str, Any]:
-    """Reads the leaves that `abstract` (a nested dict of `jax.ShapeDtypeStruct` or NumPy arrays) names, cast to its dtypes.
+    """Reads the leaves that `abstract` names, cast to its dtypes: a nested dict of `jax.ShapeDtypeStruct`, or of NumPy
+    arrays for results of that type.
 
     Raises:
       InputError: Orbax cannot read them.
@@ -142,7 +143,8 @@ def check_orbax(path: Path, config: Config) -> dict[str, Any]:
             raise InputError(f"{path}: {name} {what}; the config.json does not describe these parameters")
         if tuple(stored[name].shape) != specs[name].shape:
             raise InputError(
-                f"{path}: {name} has shape {tuple(stored[name].shape)}, the config.json implies {specs[name].shape}"
+                f"{path}: {name} has shape {tuple(stored[name].shape)}, the config.json implies {specs[name].shape}; "
+                f"one of the two is of another model"
             )
         if np.dtype(stored[name].dtype) not in DTYPES:
             raise InputError(f"{path}: {name} has dtype {stored[name].dtype}, expected {', '.join(map(str, DTYPES))}")

@@ -90,7 +90,9 @@ def new_directory(target: Path, *, overwrite: bool, needed_bytes: int) -> Iterat
         raise
     except Exception as error:  # Orbax raises many types with the system's text inside
         if any(problem in str(error) for problem in _FULL):
-            raise InputError(f"{target}: cannot be written, the disk is full; make room and start again") from None
+            raise InputError(
+                f"{target}: cannot be written, no space is left on the disk; make room and start again"
+            ) from None
         raise
     finally:
         _remove(partial)

@@ -19,6 +19,7 @@ from convert.names import entries
 from nemojax.config import Config
 from nemojax.hf_config import config_to_hf
 
+REPOSITORY = Path(__file__).parents[2]
 LIMIT = 2.0e9
 DISK = 15e9
 # The widths of Nano; the largest parameter, the experts' `up_proj` of one layer, has 0.64 GB.
@@ -68,7 +69,7 @@ def convert(source: Path, target: Path) -> int:
     """Runs the command in a process of its own; returns its peak resident memory in bytes."""
     start = time.monotonic()
     arguments = ["convert", "--no-progress", "--max-shard-gb", "1.5", str(source), str(target)]
-    done = subprocess.run([sys.executable, "-c", MEASURED, *arguments], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", MEASURED, *arguments], capture_output=True, text=True, cwd=REPOSITORY)
     assert (done.returncode, done.stderr) == (0, "")
     peak = int(done.stdout)
     print(f"{source.name} -> {target.name}: peak {peak / 1e9:.2f} GB, {time.monotonic() - start:.0f} s")
