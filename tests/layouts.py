@@ -63,9 +63,7 @@ def place(
             length = int(end) - offset
             if document >= 0:
                 tokens[row, at : at + length] = DOCUMENTS[document, offset : offset + length]
-                segment_ids[row, at : at + length] = (
-                    _LAST_DIGIT[document] + 10 * seen.count(name) + 1000 * generation
-                )
+                segment_ids[row, at : at + length] = _LAST_DIGIT[document] + 10 * seen.count(name) + 1000 * generation
                 spans.append(Span(row, at, document, offset, length))
                 seen.append(name)
             at += length

@@ -13,7 +13,7 @@ from tiny import assert_close, run, tiny_config
 from nemojax import init_cache
 
 CONFIG = tiny_config("MEM*E-")
-SHORT = tiny_config("M*E")  # where every length is a program of its own
+SHORT = tiny_config("M*")  # where every length is a program of its own
 
 
 @functools.cache
@@ -99,13 +99,13 @@ def test_layout_cut_into_pieces(rows, size):
 
 
 @pytest.mark.slow
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(pattern=st.text("M*E-", min_size=1, max_size=5), rows=st.permutations(sorted(LAYOUTS)))
 def test_random_pattern_cut_into_pieces(pattern, rows):
     config = tiny_config(pattern)
     for name in rows[:3]:
         tokens, segment_ids, spans = place(LAYOUTS[name], WIDTH)
-        sizes = [8, 8, 16]
+        sizes = [16, 16]
         logits, _ = feed(config, list(zip(cut(tokens, sizes), cut(segment_ids, sizes), strict=True)))
         check_spans(logits, spans, config)
 
@@ -214,7 +214,7 @@ def test_smaller_batch_equals_row_of_a_larger_one(batch):
 
 
 def test_bfloat16_token_by_token_equals_one_call():
-    """Measured: BOUND_NOTE of the largest logit; see `BFLOAT16_BOUND` in test_boundaries.py."""
+    """Measured: 8e-3 of the largest logit; see `BFLOAT16_BOUND` in test_boundaries.py."""
     config = tiny_config("MEM*E-", dtype="bfloat16")
     logits, _ = feed(config, [(piece, None) for piece in cut(DOCUMENTS, [1] * LENGTH)])
     assert_close(logits, alone(config).logits, 2e-2)

@@ -58,7 +58,11 @@ def test_gradient_of_a_batch_equals_that_of_documents_alone(rows, pieces):
 
 @pytest.mark.parametrize(
     "changes",
-    [dict(pattern="MM", chunk_size=3), dict(pattern="E", moe_latent_size=16), dict(pattern="*", tie_word_embeddings=True)],
+    [
+        dict(pattern="MM", chunk_size=3),
+        dict(pattern="E", moe_latent_size=16),
+        dict(pattern="*", tie_word_embeddings=True),
+    ],
     ids=["chunks-of-three", "latent-experts", "tied-embeddings"],
 )
 def test_gradient_of_variant(changes):

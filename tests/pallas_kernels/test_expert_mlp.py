@@ -1,0 +1,155 @@
+"""expert_mlp: `xla` against `reference`."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from kernel_cases import as_bfloat16, call, implementations_agree, random
+from tiny import assert_close
+
+from pallas_kernels.expert_mlp import expert_mlp, token_mlp, xla
+
+EXPERTS, WIDTH, FEATURES = 5, 7, 6
+
+
+def one_output(**arguments):
+    return (call(expert_mlp, **arguments),)
+
+
+def arguments(rows, experts=EXPERTS, features=FEATURES):
+    return dict(
+        x=random(0, rows, features),
+        up=random(1, experts, WIDTH, features),
+        down=random(2, experts, WIDTH, features),
+        weights=random(3, rows),
+    )
+
+
+def check(group_sizes, rows=None, relative=1e-5, blocks=None):
+    sizes = np.array(group_sizes, np.int32)
+    values = arguments(sum(group_sizes) if rows is None else rows, len(sizes))
+    implementations_agree(one_output, values, {"group_sizes": sizes}, [True], relative, blocks)
+
+
+GROUPS = {
+    "one-row": [0, 0, 1, 0, 0],
+    "few-rows": [3, 2, 4, 1, 5],
+    "empty-groups": [0, 17, 0, 23, 0],
+    "all-on-the-first-expert": [40, 0, 0, 0, 0],
+    "all-on-the-last-expert": [0, 0, 0, 0, 40],
+    "all-on-a-middle-expert": [0, 0, 40, 0, 0],
+    "at-block-edges": [8, 16, 0, 8, 8],
+    "beside-block-edges": [7, 9, 1, 15, 17],
+    "uneven": [1, 50, 2, 30, 7],
+    "one-large-block-and-rest": [17, 24, 25, 31, 33],
+}
+
+
+@pytest.mark.parametrize("group_sizes", GROUPS.values(), ids=GROUPS)
+def test_group_sizes(group_sizes):
+    check(group_sizes)
+
+
+@pytest.mark.parametrize("blocks", [((1, 1),), ((4, 1),), ((6, 4),), ((16, 16),)], ids=str)
+def test_block_sizes(monkeypatch, blocks):
+    """Also a small block that does not divide the large one."""
+    monkeypatch.setattr(xla, "BLOCKS", blocks)
+    for group_sizes in ([7, 9, 1, 15, 17], [0, 0, 49, 0, 0], [12, 0, 12, 24, 1]):
+        check(group_sizes, blocks=blocks)
+
+
+@pytest.mark.parametrize("group_sizes", [[64, 191, 0, 65, 1], [250, 193, 192, 0, 385]], ids=["medium", "largest"])
+def test_larger_pairs_of_block_sizes(group_sizes):
+    check(group_sizes)
+
+
+@pytest.mark.parametrize("group_sizes", [[2, 0, 3, 0, 1], [9, 0, 11, 0, 4]], ids=["few", "many"])
+def test_rows_beyond_the_last_group_are_zero(group_sizes):
+    rows = sum(group_sizes) + 6
+    check(group_sizes, rows)
+    y = call(expert_mlp, **arguments(rows), group_sizes=np.array(group_sizes, np.int32))
+    assert not np.asarray(y)[sum(group_sizes) :].any()
+
+
+@pytest.mark.parametrize("rows", [4, 40], ids=["few", "many"])
+def test_no_group_at_all(rows):
+    check([0] * EXPERTS, rows)
+
+
+@pytest.mark.parametrize("rows", [4, 40], ids=["few", "many"])
+def test_one_expert(rows):
+    check([rows])
+
+
+def test_random_group_sizes():
+    rng = np.random.default_rng(7)
+    compiled = {name: jax.jit(lambda a, s, n=name: call(expert_mlp, **a, group_sizes=s, implementation=n)) for name in
+                ("xla", "reference")}  # fmt: skip
+    values = arguments(60)
+    for _ in range(40):
+        sizes = rng.multinomial(rng.integers(0, 61), rng.dirichlet(np.full(EXPERTS, 0.3))).astype(np.int32)
+        actual, expected = (f(values, sizes) for f in compiled.values())
+        np.testing.assert_allclose(actual, expected, atol=2e-4, err_msg=str(sizes))
+
+
+def test_bfloat16():
+    """Against the reference on the same rounded values in float32."""
+    sizes = np.array([13, 0, 15, 4, 0], np.int32)
+    values = {k: v if k == "weights" else as_bfloat16(v) for k, v in arguments(32).items()}
+    exact = {k: np.asarray(v, np.float32) for k, v in values.items()}
+    actual = call(expert_mlp, **values, group_sizes=sizes)
+    assert actual.dtype == jnp.float32
+    assert_close(actual, call(expert_mlp, **exact, group_sizes=sizes, implementation="reference"), 1e-2)
+
+
+def one_token_output(**arguments):
+    return (token_mlp(**arguments),)
+
+
+@pytest.mark.parametrize("rows, chosen", [(1, 1), (1, 3), (6, 2)])
+def test_token_mlp(rows, chosen):
+    """Experts may be chosen by no token, by all, and in any order."""
+    values = arguments(rows) | {"weights": random(3, rows, chosen)}
+    ids = np.stack([np.random.default_rng(r).permutation(EXPERTS)[:chosen] for r in range(rows)]).astype(np.int32)
+    implementations_agree(one_token_output, values, {"ids": ids}, [True], 1e-5)
+
+
+def test_token_mlp_equals_expert_mlp():
+    values = arguments(EXPERTS)
+    ids = np.arange(EXPERTS, dtype=np.int32)[:, None]
+    expected = call(expert_mlp, **values, group_sizes=np.ones(EXPERTS, np.int32))
+    actual = call(token_mlp, **values | {"weights": values["weights"][:, None]}, ids=ids)
+    np.testing.assert_allclose(actual, expected, atol=1e-4)
+
+
+@pytest.mark.usefixtures("annotations_off")
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(up=random(1, EXPERTS, WIDTH, 9)), r"up \(5, 7, 9\).* do not fit together"),
+        (dict(down=random(1, EXPERTS, 9, FEATURES)), r"down \(5, 9, 6\).* do not fit together"),
+        (dict(weights=random(1, 9)), r"weights \(9,\).* do not fit together"),
+        (dict(group_sizes=np.zeros(4, np.int32)), r"group_sizes \(4,\) do not fit together"),
+        (dict(implementation="cuda"), "'cuda' does not exist; known: xla, reference"),
+    ],
+    ids=["features", "width", "rows", "experts", "unknown-implementation"],
+)
+def test_what_does_not_fit_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        call(expert_mlp, **arguments(20) | {"group_sizes": np.full(EXPERTS, 4, np.int32)} | changes)
+
+
+@pytest.mark.usefixtures("annotations_off")
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(ids=np.zeros((2, 3), np.int32)), r"ids \(2, 3\) and weights \(2, 2\) do not fit together"),
+        (dict(x=random(1, 3, FEATURES)), r"x \(3, 6\).* do not fit together"),
+        (dict(implementation="cuda"), "'cuda' does not exist; known: xla, reference"),
+    ],
+    ids=["choices", "rows", "unknown-implementation"],
+)
+def test_token_mlp_refuses_what_does_not_fit(changes, message):
+    values = arguments(2) | {"weights": random(3, 2, 2), "ids": np.zeros((2, 2), np.int32)}
+    with pytest.raises(ValueError, match=message):
+        call(token_mlp, **values | changes)

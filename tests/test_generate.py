@@ -1,0 +1,207 @@
+"""Generation: greedy and sampled tokens, stopping, batches of prompts of other lengths, and its compiled form."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from layouts import DOCUMENTS
+from tiny import perturbed_params, run, tiny_config
+
+from nemojax import InputError, Nemotron, generate
+from nemojax.generate import _generate
+
+CONFIG = tiny_config("M*E", pad_token_id=49, eos_token_id=None)
+PROMPTS = [DOCUMENTS[0, :5].tolist(), DOCUMENTS[1, :9].tolist(), DOCUMENTS[2, :2].tolist()]
+NEW = 6
+
+
+def new_tokens(prompts=PROMPTS, config=CONFIG, **options):
+    return np.asarray(generate(Nemotron(config), perturbed_params(config), prompts, max_new_tokens=NEW, **options))
+
+
+@functools.cache
+def greedy():
+    return new_tokens()
+
+
+def logits_after(row):
+    """Logits of the next token after one whole row, from a full forward pass of fixed shape."""
+    tokens = np.zeros((1, 16), np.int32)
+    tokens[0, : len(row)] = row
+    segment_ids = (np.arange(16) < len(row)).astype(np.int32)[None]
+    return np.asarray(run(CONFIG, tokens, segment_ids).logits)[0, len(row) - 1]
+
+
+def padded(row, left=True, width=9):
+    """One prompt as tokens and segment ids; garbage at the pads."""
+    tokens, segment_ids = np.full((1, width), -1, np.int32), np.zeros((1, width), np.int32)
+    where = np.s_[0, width - len(row) :] if left else np.s_[0, : len(row)]
+    tokens[where], segment_ids[where] = row, 1
+    return jnp.asarray(tokens), jnp.asarray(segment_ids)
+
+
+def test_greedy_equals_argmax_of_repeated_full_passes():
+    for prompt, new in zip(PROMPTS, greedy(), strict=True):
+        row = list(prompt)
+        for token in new:
+            assert token == np.argmax(logits_after(row))
+            row.append(token)
+
+
+@pytest.mark.parametrize("left", [True, False], ids=["padded-left", "padded-right"])
+@pytest.mark.parametrize("index", range(3))
+def test_prompt_in_a_batch_equals_prompt_alone(index, left):
+    tokens, segment_ids = padded(PROMPTS[index], left)
+    np.testing.assert_array_equal(new_tokens(tokens, segment_ids=segment_ids)[0], greedy()[index])
+
+
+def test_last_document_of_a_packed_row_is_continued():
+    row = PROMPTS[0][:4] + PROMPTS[0]
+    segment_ids = jnp.array([[1] * 4 + [2] * 5], jnp.int32)
+    np.testing.assert_array_equal(new_tokens(jnp.array([row], jnp.int32), segment_ids=segment_ids)[0], greedy()[0])
+
+
+def test_shape_and_dtype():
+    assert greedy().shape == (3, NEW) and greedy().dtype == np.int32
+
+
+def test_stop_id_is_kept_and_followed_by_pads():
+    stop = int(greedy()[0, 2])
+    for new, expected in zip(new_tokens(stop_ids=(stop,)), greedy(), strict=True):
+        at = int(np.argmax(expected == stop)) if (expected == stop).any() else NEW
+        np.testing.assert_array_equal(new[: at + 1], expected[: at + 1])
+        assert (new[at + 1 :] == CONFIG.pad_token_id).all()
+
+
+def test_end_of_text_of_the_config_stops_and_no_ids_never_stop():
+    ends = tuple(int(i) for i in greedy()[:, 0])
+    config = CONFIG.replace(eos_token_id=ends)
+    stopped = new_tokens(config=config)
+    np.testing.assert_array_equal(stopped[:, 0], greedy()[:, 0])
+    assert (stopped[:, 1:] == CONFIG.pad_token_id).all()
+    np.testing.assert_array_equal(new_tokens(config=config, stop_ids=()), greedy())
+
+
+# ------------------------------------------------------------------------------------------------------ sampling
+
+
+def test_sampling_that_keeps_one_token_is_greedy():
+    np.testing.assert_array_equal(new_tokens(temperature=1.5, top_k=1), greedy())
+    np.testing.assert_array_equal(new_tokens(temperature=1.5, top_p=1e-6), greedy())
+    np.testing.assert_array_equal(new_tokens(temperature=1e-4, top_k=50), greedy())
+
+
+def test_same_key_same_tokens():
+    first = new_tokens(temperature=1.0, key=3)
+    np.testing.assert_array_equal(first, new_tokens(temperature=1.0, key=3))
+    np.testing.assert_array_equal(first, new_tokens(temperature=1.0, key=jax.random.key(3)))
+    assert (first != new_tokens(temperature=1.0, key=4)).any()
+
+
+def test_rows_of_one_prompt_are_sampled_apart():
+    same = new_tokens([PROMPTS[1]] * 3, temperature=1.0)
+    assert len({tuple(row) for row in same}) == 3
+
+
+def test_sampled_tokens_of_a_row_do_not_depend_on_the_other_rows():
+    others = [PROMPTS[0], PROMPTS[1][::-1], PROMPTS[1][2:5]]
+    np.testing.assert_array_equal(new_tokens(temperature=1.0)[0], new_tokens(others, temperature=1.0)[0])
+
+
+SAMPLES = 4000
+
+
+@functools.cache
+def next_token_of_many(**options):
+    """One sampled token of each of many rows with the same prompt; and the logits it was drawn from."""
+    prompts = jnp.asarray(np.repeat([PROMPTS[2]], SAMPLES, axis=0))
+    new = generate(Nemotron(CONFIG), perturbed_params(CONFIG), prompts, max_new_tokens=1, key=1, **options)
+    return np.asarray(new)[:, 0], logits_after(PROMPTS[2])
+
+
+def check_frequencies(tokens, probabilities):
+    """Pearson's statistic over tokens expected at least 5 times; its mean is their number, its variance twice that."""
+    expected = SAMPLES * probabilities
+    counts = np.bincount(tokens, minlength=len(expected))
+    often = expected >= 5
+    assert often.sum() > 3, "nothing to compare"
+    statistic = ((counts - expected)[often] ** 2 / expected[often]).sum()
+    assert statistic < often.sum() + 5 * (2 * often.sum()) ** 0.5
+    assert counts[probabilities == 0].sum() == 0
+
+
+def softmax(logits):
+    weights = np.exp(logits - logits.max())
+    return weights / weights.sum()
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.5])
+def test_frequencies_are_those_of_the_softmax(temperature):
+    tokens, logits = next_token_of_many(temperature=temperature)
+    check_frequencies(tokens, softmax(logits / temperature))
+
+
+def test_frequencies_with_top_k():
+    tokens, logits = next_token_of_many(temperature=1.0, top_k=8)
+    kept = logits >= np.sort(logits)[-8]
+    check_frequencies(tokens, softmax(np.where(kept, logits, -np.inf)))
+
+
+def test_frequencies_with_top_p():
+    tokens, logits = next_token_of_many(temperature=1.0, top_p=0.8)
+    order = np.argsort(-logits)
+    before = np.cumsum(softmax(logits)[order]) - softmax(logits)[order]
+    kept = np.isin(np.arange(len(logits)), order[before < 0.8])
+    check_frequencies(tokens, softmax(np.where(kept, logits, -np.inf)))
+
+
+# ------------------------------------------------------------------------------------------------------- program
+
+
+def test_program_does_not_grow_with_the_number_of_tokens():
+    """One loop over tokens, inside the program."""
+    model, tokens = Nemotron(CONFIG), jnp.asarray(DOCUMENTS[:2])
+    trace = lambda n: str(
+        jax.make_jaxpr(lambda p: generate(model, p, tokens, max_new_tokens=n))(perturbed_params(CONFIG))
+    )
+    assert trace(8).count("\n") == trace(64).count("\n")
+
+
+def test_sampling_options_do_not_compile_again():
+    new_tokens(temperature=1.0, top_k=5)
+    compiled = _generate._cache_size()
+    new_tokens(temperature=0.3, top_p=0.9, key=8)
+    new_tokens(temperature=2.0, top_k=7, top_p=0.5)
+    assert _generate._cache_size() == compiled
+
+
+REFUSED = {
+    "no-new-token": (dict(max_new_tokens=0), "max_new_tokens must be at least 1, got 0"),
+    "temperature": (dict(temperature=-0.5), "temperature must be 0 or a positive number, got -0.5"),
+    "temperature-nan": (dict(temperature=float("nan")), "temperature must be 0 or a positive number, got nan"),
+    "top-k": (dict(top_k=0), "top_k must be at least 1, got 0"),
+    "top-p-zero": (dict(top_p=0.0), "top_p must be above 0 and at most 1, got 0.0"),
+    "top-p-large": (dict(top_p=1.5), "top_p must be above 0 and at most 1, got 1.5"),
+    "no-prompt": (dict(tokens=[]), "no prompt given"),
+    "empty-prompt": (dict(tokens=[[1, 2], []]), "prompt 1 must be a non-empty list"),
+    "float-prompt": (dict(tokens=[[1.5]]), r"prompt 0 must be .* got shape \(1,\) float64"),
+    "id-out-of-range": (dict(tokens=[[1, 50]]), r"tokens\[0, 1\] is 50; .* ids 0 to 49"),
+    "list-with-segments": (
+        dict(tokens=[[1]], segment_ids=np.ones((1, 1), np.int32)),
+        "segment_ids goes with a tokens array",
+    ),
+    "row-of-pads": (
+        dict(tokens=np.ones((2, 2), np.int32), segment_ids=np.array([[1, 1], [0, 0]], np.int32)),
+        "prompt of row 1 is empty",
+    ),
+}
+
+
+@pytest.mark.usefixtures("annotations_off")
+@pytest.mark.parametrize("changes, message", REFUSED.values(), ids=REFUSED)
+def test_refused_with_argument_and_numbers(changes, message):
+    arguments = {"tokens": PROMPTS, "max_new_tokens": 2} | changes
+    with pytest.raises(InputError, match=message):
+        generate(Nemotron(CONFIG), perturbed_params(CONFIG), **arguments)
