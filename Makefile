@@ -44,10 +44,10 @@ lint: .venv/ready
 	.venv/bin/ruff format --check .
 
 test: lint
-	.venv/bin/python -m pytest --ignore tests/parity
+	.venv/bin/python -m pytest --ignore tests/parity --numprocesses 2 --dist loadfile
 
 parity: .venv-parity/ready
-	.venv-parity/bin/python -m pytest tests/parity
+	.venv-parity/bin/python -m pytest tests/parity --numprocesses 2 --dist loadfile
 
 bench: .venv/ready .venv-parity/ready
 	.venv/bin/python -m experiments.bench_forward

@@ -1,24 +1,25 @@
 """Settings of the whole test run: JAX on CPU, and every shape annotation of the library checked while it runs."""
 
+import gc
 import os
+import sys
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from pathlib import Path
 
 import hypothesis
+import jax
 import jaxtyping
 import pytest
 
 _ROOT = Path(__file__).parent.parent
-# Flax hands a dict attribute back as a FrozenDict, so the annotations of `declare` do not hold at run time.
-_NOT_CHECKED = {"nemojax.layers.shell"}
 
 
 def _checked_modules() -> list[str]:
     files = [path for package in ("nemojax", "pallas_kernels") for path in (_ROOT / package).rglob("*.py")]
     names = {".".join(path.relative_to(_ROOT).with_suffix("").parts) for path in files}
-    return sorted(name for name in names - _NOT_CHECKED if not name.endswith(("__init__", "__main__")))
+    return sorted(name for name in names if not name.endswith(("__init__", "__main__")))
 
 
 jaxtyping.install_import_hook(_checked_modules(), "beartype.beartype")
@@ -34,3 +35,13 @@ def annotations_off():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def release_programs():
+    """Frees the compiled programs of a test file: thousands of them exhaust the memory maps of a Linux process."""
+    yield
+    if tiny := sys.modules.get("tiny"):
+        tiny.compiled.cache_clear()
+    jax.clear_caches()
+    gc.collect()

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 
-from nemojax.specs import ParamSpec, Specs
+from nemojax.specs import ParamSpec
 
 
-def declare(module: nn.Module, specs: Specs) -> dict[str, Any]:
+def declare(module: nn.Module, specs: Mapping[str, Any]) -> dict[str, Any]:
     """Declares every leaf of a spec table on `module` and returns the tree of arrays."""
     return {
         name: module.param(name, spec.init, spec.shape, spec.dtype)
@@ -22,7 +23,7 @@ def declare(module: nn.Module, specs: Specs) -> dict[str, Any]:
 class _Branch(nn.Module):
     """One level of a nested spec table."""
 
-    specs: Specs
+    specs: Mapping[str, Any]
 
     @nn.compact
     def __call__(self) -> dict[str, Any]:

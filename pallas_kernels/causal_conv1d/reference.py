@@ -13,6 +13,7 @@ def causal_conv1d(x, weight, bias, initial, documents, initial_document):
     if documents is None:
         documents = jnp.ones(x.shape[:2], jnp.int32)
         initial_document = jnp.ones(x.shape[:1], jnp.int32)
+    x = jnp.where((documents > 0)[..., None, None], x, 0)
 
     def step(carry, token):
         window, owner = carry  # the last W-1 inputs of the open document

@@ -16,6 +16,8 @@ def causal_conv1d(x, weight, bias, initial, documents, initial_document):
     """See `api.causal_conv1d`; every argument is given except `bias`, `initial` and the two document arrays."""
     length, taps = x.shape[1], weight.shape[-1]
     weight = weight.astype(jnp.float32)
+    if documents is not None:
+        x = jnp.where((documents > 0)[..., None, None], x, 0)  # a pad may hold NaN, which no later mask would undo
     y = 0.0 if bias is None else bias.astype(jnp.float32)
     for age in range(min(taps, length)):
         value = _shift(x, age).astype(jnp.float32) * weight[..., taps - 1 - age]

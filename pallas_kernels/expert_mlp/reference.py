@@ -6,20 +6,22 @@ import jax
 import jax.numpy as jnp
 
 
+def _every_expert(x, up, down):
+    """[R, E, L]: each expert on each row, in float32 but for the rounding of the hidden units to x's dtype."""
+    f32 = lambda a: a.astype(jnp.float32)
+    hidden = jnp.square(jax.nn.relu(jnp.einsum("rl,efl->ref", f32(x), f32(up))))
+    return jnp.einsum("ref,efl->rel", f32(hidden.astype(x.dtype)), f32(down))
+
+
 def expert_mlp(x, up, down, weights, group_sizes):
     """See `api.expert_mlp`."""
     ends = jnp.cumsum(group_sizes)
     rows = jnp.arange(x.shape[0])[:, None]
     mine = (rows >= ends - group_sizes) & (rows < ends)  # [R, E]
-    hidden = jnp.einsum("rl,efl->ref", x, up, preferred_element_type=jnp.float32)
-    hidden = jnp.square(jax.nn.relu(hidden)).astype(x.dtype)
-    y = jnp.einsum("ref,efl->rel", hidden, down, preferred_element_type=jnp.float32)
-    return jnp.where(mine[..., None], y, 0).sum(axis=1) * weights[:, None]
+    return jnp.where(mine[..., None], _every_expert(x, up, down), 0).sum(axis=1) * weights[:, None]
 
 
 def token_mlp(x, up, down, ids, weights):
     """See `api.token_mlp`."""
-    hidden = jnp.einsum("rl,efl->ref", x, up, preferred_element_type=jnp.float32)
-    hidden = jnp.square(jax.nn.relu(hidden)).astype(x.dtype)
-    y = jnp.einsum("ref,efl->rel", hidden, down, preferred_element_type=jnp.float32)
-    return (jnp.take_along_axis(y, ids[..., None], axis=1) * weights[..., None]).sum(axis=1)
+    chosen = jnp.take_along_axis(_every_expert(x, up, down), ids[..., None], axis=1)
+    return (chosen * weights[..., None]).sum(axis=1)
