@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 # (large, small), by the mean number of rows an expert has. A large block runs near the machine's matrix rate, a small
 # one wastes little on the rest.
-BLOCKS = ((192, 32), (64, 16), (16, 8))
+BLOCKS = ((384, 48), (192, 32), (64, 16), (16, 8))
 
 
 def token_mlp(x, up, down, ids, weights):
@@ -40,9 +40,12 @@ class _Pass(NamedTuple):
     own: jax.Array
 
 
+def _sizes(rows, experts):
+    return next((b for b in BLOCKS if b[0] * experts <= rows), BLOCKS[-1])
+
+
 def _passes(rows, group_sizes):
-    experts = group_sizes.shape[0]
-    large, small = next((b for b in BLOCKS if b[0] * experts <= rows), BLOCKS[-1])
+    large, small = _sizes(rows, group_sizes.shape[0])
     start, rest = jnp.cumsum(group_sizes) - group_sizes, group_sizes % large
     return _blocks(small, rows, rest, start), _blocks(large, rows, group_sizes - rest, start + rest)
 
@@ -77,20 +80,20 @@ def _dot(a, b, contract):
 def expert_mlp(x, up, down, weights, group_sizes):
     """See `api.expert_mlp`."""
     rows, width = x.shape
-    room = BLOCKS[0][0]
-    padded = jnp.pad(x, ((0, room), (0, 0)))
+    _, room = _sizes(rows, up.shape[0])  # only small blocks read beyond the last row
+    padded, factors = jnp.pad(x, ((0, room), (0, 0))), jnp.pad(weights, (0, room))
     y = jnp.zeros((rows + room, width), jnp.float32)
     for part in _passes(rows, group_sizes):
 
         def body(b, y, part=part):
-            hidden = _dot(_take(padded, part.first[b], part.block), _pick(up, part.expert[b]), (1, 1))
+            e, at = part.expert[b], part.first[b]
+            hidden = _dot(_take(padded, at, part.block), _pick(up, e), (1, 1))
             hidden = jnp.square(jax.nn.relu(hidden)).astype(x.dtype)
-            out = _dot(hidden, _pick(down, part.expert[b]), (1, 0))
-            return _put(y, out, part.first[b])
+            out = _dot(hidden, _pick(down, e), (1, 0))
+            return _put(y, out * _take(factors, at, part.block)[:, None], at)
 
         y = jax.lax.fori_loop(0, part.count, body, y)
-    is_real = jnp.arange(rows) < group_sizes.sum()
-    return jnp.where(is_real[:, None], y[:rows] * weights[:, None], 0)
+    return jnp.where((jnp.arange(rows) < group_sizes.sum())[:, None], y[:rows], 0)
 
 
 def _forward(x, up, down, weights, group_sizes):
@@ -99,7 +102,8 @@ def _forward(x, up, down, weights, group_sizes):
 
 def _backward(saved, dy):
     x, up, down, weights, group_sizes = saved
-    rows, room = x.shape[0], BLOCKS[0][0]
+    rows = x.shape[0]
+    _, room = _sizes(rows, up.shape[0])
     pad = lambda a: jnp.pad(a, [(0, room)] + [(0, 0)] * (a.ndim - 1))
     x_rows, dy_rows, weight_rows = pad(x), pad(dy.astype(jnp.float32)), pad(weights)
     grads = tuple(jnp.zeros(a.shape, jnp.float32) for a in (x_rows, up, down, weight_rows))
