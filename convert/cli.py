@@ -33,6 +33,13 @@ def register(commands: argparse._SubParsersAction) -> None:
     verify.set_defaults(run=_verify)
 
 
+def _on_cpu() -> None:
+    """Keeps leaves out of an accelerator's memory. Works until JAX has looked at its devices, which is later."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
+
+
 def _convert(args: argparse.Namespace) -> int:
     from convert.progress import peak_memory
     from convert.stream import convert
@@ -40,6 +47,7 @@ def _convert(args: argparse.Namespace) -> int:
 
     if not 1e-9 <= args.max_shard_gb < math.inf:
         raise InputError(f"--max-shard-gb must be a positive size, got {args.max_shard_gb}; 5 is usual")
+    _on_cpu()
     done = convert(
         args.source,
         args.target,
@@ -67,6 +75,8 @@ def _inspect(args: argparse.Namespace) -> int:
 def _verify(args: argparse.Namespace) -> int:
     from convert.verify import compare, compare_logits
 
+    if not args.logits:
+        _on_cpu()
     result = compare(args.a, args.b, show_progress=not args.no_progress)
     for line in result.config:
         print(f"config differs: {line}")
