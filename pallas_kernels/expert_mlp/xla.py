@@ -5,8 +5,8 @@ routing (`jax.lax.ragged_dot` would be a dense product over all experts on CPU a
 group has beyond a multiple of the large block, at its start, and go first. The last reads on into rows that are not
 its own; what it writes there is overwritten when their turn comes, so no mask is needed.
 
-Few tokens (decoding): their experts' weights are gathered and used at once, which is two matrix-vector products for one
-token. The gather is the cost; the products then read from cache.
+Few tokens (decoding): the weights of a token's experts are gathered and used at once, as matrix-vector products. The
+gather is the cost; the products then read from cache.
 """
 
 from __future__ import annotations
@@ -23,6 +23,23 @@ BLOCKS = ((384, 48), (192, 32), (64, 16), (16, 8))
 
 def token_mlp(x, up, down, ids, weights):
     """See `api.token_mlp`."""
+    rows, chosen = ids.shape
+    together = 2 if chosen % 2 == 0 else 1
+
+    def pair_by_pair(x, up, down, ids, weights):
+        ids, weights = (a.reshape(-1, 1, together) for a in (ids, weights))
+
+        def body(i, y):
+            row = i * together // chosen
+            return y.at[row].add(_gathered(_take(x, row, 1), up, down, ids[i], weights[i])[0])
+
+        return jax.lax.fori_loop(0, rows * chosen // together, body, jnp.zeros(x.shape, jnp.float32))
+
+    # On CPU what is gathered at once must fit the cache, or it goes through memory two more times.
+    return jax.lax.platform_dependent(x, up, down, ids, weights, cpu=pair_by_pair, default=_gathered)
+
+
+def _gathered(x, up, down, ids, weights):
     up, down = (w.at[ids].get(mode="promise_in_bounds") for w in (up, down))
     hidden = jnp.einsum("rkfl,rl->rkf", up, x, preferred_element_type=jnp.float32)
     # With the router weight on this side, one product sums over experts and hidden units at once.
@@ -42,6 +59,12 @@ class _Pass(NamedTuple):
 
 def _sizes(rows, experts):
     return next((b for b in BLOCKS if b[0] * experts <= rows), BLOCKS[-1])
+
+
+def _room(rows, experts):
+    """Rows to add at the end: small blocks read beyond the last row, and a large one must fit however few there are."""
+    large, small = _sizes(rows, experts)
+    return max(small, large - rows)
 
 
 def _passes(rows, group_sizes):
@@ -80,7 +103,7 @@ def _dot(a, b, contract):
 def expert_mlp(x, up, down, weights, group_sizes):
     """See `api.expert_mlp`."""
     rows, width = x.shape
-    _, room = _sizes(rows, up.shape[0])  # only small blocks read beyond the last row
+    room = _room(rows, up.shape[0])
     padded, factors = jnp.pad(x, ((0, room), (0, 0))), jnp.pad(weights, (0, room))
     y = jnp.zeros((rows + room, width), jnp.float32)
     for part in _passes(rows, group_sizes):
@@ -103,7 +126,7 @@ def _forward(x, up, down, weights, group_sizes):
 def _backward(saved, dy):
     x, up, down, weights, group_sizes = saved
     rows = x.shape[0]
-    _, room = _sizes(rows, up.shape[0])
+    room = _room(rows, up.shape[0])
     pad = lambda a: jnp.pad(a, [(0, room)] + [(0, 0)] * (a.ndim - 1))
     x_rows, dy_rows, weight_rows = pad(x), pad(dy.astype(jnp.float32)), pad(weights)
     grads = tuple(jnp.zeros(a.shape, jnp.float32) for a in (x_rows, up, down, weight_rows))

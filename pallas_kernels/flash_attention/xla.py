@@ -106,7 +106,10 @@ def _attend(q, k, v, start, documents, key_documents):
 
         shape = q_block.shape[:-1]
         empty = (jnp.full(shape, -jnp.inf), jnp.zeros(shape), jnp.zeros(q_block.shape))
-        m, l, o = jax.lax.fori_loop(*_key_range(i, *where), key_block, empty)
+        if keys.count == 1:
+            m, l, o = key_block(0, empty)
+        else:
+            m, l, o = jax.lax.fori_loop(*_key_range(i, *where), key_block, empty)
         lse = m + jnp.log(l)
         out = o / jnp.where(l == 0, 1, l)[..., None]
         place = lambda whole, part: jax.lax.dynamic_update_slice_in_dim(whole, part, queries.start(i), 3)
