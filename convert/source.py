@@ -18,7 +18,6 @@ from nemojax.config import Config
 from nemojax.errors import InputError
 from nemojax.specs import unflatten
 
-# Reads of a stacked leaf go expert by expert, so that no second copy of it is ever held.
 _ALIGNMENT = 64  # jax on CPU takes over a buffer without copying it only if it is aligned so
 
 
@@ -92,6 +91,7 @@ class HFSource:
         rule, shape = entry.rule, entry.spec.shape
         if not rule.per_expert:
             return rule.to_leaf(self._reader.read(entry.tensors[0]), shape, self.config)
+        # Expert by expert, so that no second copy of a stacked leaf is ever held.
         leaf = empty_aligned(shape, self.dtype(entry))
         for e in range(shape[0]):
             if entry.stacked:

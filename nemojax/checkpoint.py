@@ -16,7 +16,7 @@ from nemojax.config import Config
 from nemojax.errors import InputError
 from nemojax.hf_config import config_to_hf
 from nemojax.model import Nemotron
-from nemojax.specs import flatten, map_specs, model_specs, unflatten
+from nemojax.specs import flatten, map_specs, model_specs
 
 # What a checkpoint may hold. Without its 64-bit mode, jax turns float64 into float32 silently.
 DTYPES = tuple(np.dtype(dtype) for dtype in (jax.numpy.bfloat16, np.float16, np.float32))
@@ -155,5 +155,4 @@ def _load_orbax(path: Path, config: Config) -> dict[str, Any]:
     check_orbax(path, config)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     abstract = map_specs(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=device), model_specs(config))
-    loaded = read_orbax(path, abstract)
-    return unflatten([(name, loaded_leaf) for name, loaded_leaf in flatten(loaded)])
+    return read_orbax(path, abstract)
