@@ -13,6 +13,7 @@ from nemojax.config import Config
 from nemojax.layers.block import block
 from nemojax.layers.mtp import mtp
 from nemojax.layers.norm import rms_norm
+from nemojax.layers.project import dot_rows
 from nemojax.segments import Segments, enter
 from nemojax.specs import layer_name
 
@@ -92,11 +93,11 @@ def _record(captured: dict[str, list], kind: str, *, state: Any, **streams: Arra
         captured["ssm_state"].append(state.ssm)
 
 
-def head(params: dict[str, Any], hidden: Float[Array, "*B D"], config: Config) -> Float[Array, "*B V"]:
+def head(params: dict[str, Any], hidden: Float[Array, "B T D"], config: Config) -> Float[Array, "B T V"]:
     """Logits, accumulated and returned in float32."""
     table = params["embed" if config.tie_word_embeddings else "lm_head"]
     with jax.named_scope("lm_head"):
-        return jnp.einsum("...d,vd->...v", hidden, table.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        return dot_rows(hidden, table.astype(hidden.dtype), jnp.float32)
 
 
 def mtp_logits(

@@ -138,7 +138,7 @@ def _generate(params, tokens, segment_ids, sampling, *, model, max_new_tokens, s
     with jax.named_scope("prefill"):
         prompt = run(tokens, segment_ids, init_cache(config, batch, length + max_new_tokens - 1))
         hidden = _last_real(prompt.hidden, segment_ids)
-        token = choose(forward.head(params, hidden, config), 0)
+        token = choose(forward.head(params, hidden, config)[:, 0], 0)
 
     def unfinished(carry):
         step, _, done, _, _ = carry
@@ -147,7 +147,7 @@ def _generate(params, tokens, segment_ids, sampling, *, model, max_new_tokens, s
     def decode(carry: tuple[Array, Array, Array, Array, Cache]):
         step, token, done, out, cache = carry
         after = run(token[:, None], None, cache)
-        token = choose(forward.head(params, after.hidden[:, 0], config), step)
+        token = choose(forward.head(params, after.hidden, config)[:, 0], step)
         token = jnp.where(done, pad, token)
         return step + 1, token, done | is_stop(token), out.at[:, step].set(token), after.cache
 
@@ -156,11 +156,11 @@ def _generate(params, tokens, segment_ids, sampling, *, model, max_new_tokens, s
         return jax.lax.while_loop(unfinished, decode, (jnp.int32(1), token, is_stop(token), out, prompt.cache))[3]
 
 
-def _last_real(hidden: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None) -> Float[Array, "B D"]:
+def _last_real(hidden: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None) -> Float[Array, "B 1 D"]:
     if segment_ids is None:
-        return hidden[:, -1]
+        return hidden[:, -1:]
     last = hidden.shape[1] - 1 - jnp.argmax(segment_ids[:, ::-1] > 0, axis=1)
-    return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+    return jnp.take_along_axis(hidden, last[:, None, None], axis=1)
 
 
 def _choose(logits: Float[Array, "B V"], step: Any, *, sampling: Sampling, greedy: bool, truncate: bool):

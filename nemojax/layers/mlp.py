@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from nemojax.config import Config
+from nemojax.layers.project import dot_columns, dot_rows
 from nemojax.layers.shell import declare
 from nemojax.segments import ALONE, Segments
 from nemojax.specs import mlp_specs
@@ -17,8 +18,7 @@ from nemojax.specs import mlp_specs
 
 def relu2_mlp(x: Float[Array, "B T D"], up: Float[Array, "F D"], down: Float[Array, "F D"]) -> Float[Array, "B T D"]:
     """`relu(x up^T)^2 down` (squared ReLU, arXiv 2109.08668)."""
-    hidden = jnp.square(jax.nn.relu(jnp.einsum("btd,fd->btf", x, up)))
-    return jnp.einsum("btf,fd->btd", hidden, down)
+    return dot_columns(jnp.square(jax.nn.relu(dot_rows(x, up))), down)
 
 
 def mlp(

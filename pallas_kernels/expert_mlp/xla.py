@@ -5,8 +5,8 @@ routing (`jax.lax.ragged_dot` would be a dense product over all experts on CPU a
 group has beyond a multiple of the large block, at its start, and go first. The last reads on into rows that are not
 its own; what it writes there is overwritten when their turn comes, so no mask is needed.
 
-Few tokens (decoding): the weights of a token's experts are gathered and used at once, as matrix-vector products. The
-gather is the cost; the products then read from cache.
+Few tokens (decoding): matrix-vector products with the weights of each token's experts, which are gathered and used at
+once, or on CPU read in place.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import matvec
+
 # (large, small), by the mean number of rows an expert has. A large block runs near the machine's matrix rate, a small
 # one wastes little on the rest.
 BLOCKS = ((384, 48), (192, 32), (64, 16), (16, 8))
@@ -23,20 +25,20 @@ BLOCKS = ((384, 48), (192, 32), (64, 16), (16, 8))
 
 def token_mlp(x, up, down, ids, weights):
     """See `api.token_mlp`."""
-    rows, chosen = ids.shape
-    together = 2 if chosen % 2 == 0 else 1
+    if not matvec.fits(*up.shape[1:]):
+        return _gathered(x, up, down, ids, weights)
+    row_by_row = matvec.with_gradient_of(_gathered, _row_by_row)
+    return jax.lax.platform_dependent(x, up, down, ids, weights, cpu=row_by_row, default=_gathered)
 
-    def pair_by_pair(x, up, down, ids, weights):
-        ids, weights = (a.reshape(-1, 1, together) for a in (ids, weights))
 
-        def body(i, y):
-            row = i * together // chosen
-            return y.at[row].add(_gathered(_take(x, row, 1), up, down, ids[i], weights[i])[0])
+def _row_by_row(x, up, down, ids, weights):
+    def row(args):
+        x, ids, weights = args
+        hidden = matvec.rows_dot(up, ids, x)
+        hidden = (jnp.square(jax.nn.relu(hidden)) * weights[:, None]).astype(x.dtype)
+        return matvec.columns_dot(down, ids, hidden)
 
-        return jax.lax.fori_loop(0, rows * chosen // together, body, jnp.zeros(x.shape, jnp.float32))
-
-    # On CPU what is gathered at once must fit the cache, or it goes through memory two more times.
-    return jax.lax.platform_dependent(x, up, down, ids, weights, cpu=pair_by_pair, default=_gathered)
+    return jax.lax.map(row, (x, ids, weights))
 
 
 def _gathered(x, up, down, ids, weights):
