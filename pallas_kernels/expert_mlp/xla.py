@@ -11,8 +11,6 @@ once, or on CPU read in place.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 
@@ -49,16 +47,6 @@ def _gathered(x, up, down, ids, weights):
     return jnp.einsum("rkf,rkfl->rl", hidden, down, preferred_element_type=jnp.float32)
 
 
-class _Pass(NamedTuple):
-    """Blocks of one size: how many, and for each its expert, its first row, and how many of its rows are its own."""
-
-    block: int
-    count: jax.Array
-    expert: jax.Array
-    first: jax.Array
-    own: jax.Array
-
-
 def _sizes(rows, experts):
     return next((b for b in BLOCKS if b[0] * experts <= rows), BLOCKS[-1])
 
@@ -69,20 +57,29 @@ def _room(rows, experts):
     return max(small, large - rows)
 
 
-def _passes(rows, group_sizes):
+def _each_expert(rows, group_sizes, step, carry):
+    """`carry = step(e, blocks, carry)` for every expert e that has rows.
+
+    `blocks(body, carry)` runs `carry = body(block, at, own, carry)` over its blocks: `block` rows from row `at` on, of
+    which the first `own` are its own.
+    """
     large, small = _sizes(rows, group_sizes.shape[0])
-    start, rest = jnp.cumsum(group_sizes) - group_sizes, group_sizes % large
-    return _blocks(small, rows, rest, start), _blocks(large, rows, group_sizes - rest, start + rest)
+    starts = jnp.cumsum(group_sizes) - group_sizes
+    (present,) = jnp.nonzero(group_sizes, size=group_sizes.shape[0], fill_value=0)
 
+    def one(i, carry):
+        e = present[i]
+        start, size = starts[e], group_sizes[e]
+        rest = size % large
 
-def _blocks(block, rows, sizes, start):
-    """Cuts `sizes[e]` rows from row `start[e]` on into blocks, for every expert e."""
-    blocks = -(-sizes // block)
-    ends = jnp.cumsum(blocks)
-    index = jnp.arange(rows // block + sizes.shape[0])
-    expert = jnp.minimum(jnp.searchsorted(ends, index, side="right"), sizes.shape[0] - 1)
-    inside = (index - (ends - blocks)[expert]) * block
-    return _Pass(block, ends[-1], expert, start[expert] + inside, sizes[expert] - inside)
+        def blocks(body, carry):
+            few = lambda b, carry: body(small, start + b * small, rest - b * small, carry)
+            many = lambda b, carry: body(large, start + rest + b * large, large, carry)
+            return jax.lax.fori_loop(0, size // large, many, jax.lax.fori_loop(0, -(-rest // small), few, carry))
+
+        return step(e, blocks, carry)
+
+    return jax.lax.fori_loop(0, (group_sizes > 0).sum(), one, carry)
 
 
 def _take(array, at, size):
@@ -107,17 +104,22 @@ def expert_mlp(x, up, down, weights, group_sizes):
     rows, width = x.shape
     room = _room(rows, up.shape[0])
     padded, factors = jnp.pad(x, ((0, room), (0, 0))), jnp.pad(weights, (0, room))
-    y = jnp.zeros((rows + room, width), jnp.float32)
-    for part in _passes(rows, group_sizes):
 
-        def body(b, y, part=part):
-            e, at = part.expert[b], part.first[b]
-            hidden = _dot(_take(padded, at, part.block), _pick(up, e), (1, 1))
+    def step(e, blocks, y):
+        up_e, down_e = _pick(up, e), _pick(down, e)
+
+        def body(block, at, own, y):
+            del own
+            hidden = _dot(_take(padded, at, block), up_e, (1, 1))
             hidden = jnp.square(jax.nn.relu(hidden)).astype(x.dtype)
-            out = _dot(hidden, _pick(down, e), (1, 0))
-            return _put(y, out * _take(factors, at, part.block)[:, None], at)
+            out = _dot(hidden, down_e, (1, 0))
+            return _put(y, out * _take(factors, at, block)[:, None], at)
 
-        y = jax.lax.fori_loop(0, part.count, body, y)
+        return blocks(body, y)
+
+    # As a constant, the zeros of all layers would be one array that lives from the first to the last and is copied.
+    zero, group_sizes = jax.lax.optimization_barrier((jnp.float32(0), group_sizes))
+    y = _each_expert(rows, group_sizes, step, jnp.broadcast_to(zero, (rows + room, width)))
     return jnp.where((jnp.arange(rows) < group_sizes.sum())[:, None], y[:rows], 0)
 
 
@@ -132,24 +134,30 @@ def _backward(saved, dy):
     pad = lambda a: jnp.pad(a, [(0, room)] + [(0, 0)] * (a.ndim - 1))
     x_rows, dy_rows, weight_rows = pad(x), pad(dy.astype(jnp.float32)), pad(weights)
     grads = tuple(jnp.zeros(a.shape, jnp.float32) for a in (x_rows, up, down, weight_rows))
-    for part in _passes(rows, group_sizes):
 
-        def body(b, grads, part=part):
-            dx, dup, ddown, dweights = grads
-            e, at = part.expert[b], part.first[b]
-            mine = (jnp.arange(part.block) < part.own[b])[:, None]
-            xb, wb = _take(x_rows, at, part.block), _take(weight_rows, at, part.block)[:, None]
-            dyb = jnp.where(mine, _take(dy_rows, at, part.block), 0)
-            relu = jax.nn.relu(_dot(xb, _pick(up, e), (1, 1)))
+    def step(e, blocks, grads):
+        up_e, down_e = _pick(up, e), _pick(down, e)
+
+        def body(block, at, own, grads):
+            dx, dup_e, ddown_e, dweights = grads
+            mine = (jnp.arange(block) < own)[:, None]
+            xb, wb = _take(x_rows, at, block), _take(weight_rows, at, block)[:, None]
+            dyb = jnp.where(mine, _take(dy_rows, at, block), 0)
+            relu = jax.nn.relu(_dot(xb, up_e, (1, 1)))
             hidden = jnp.square(relu).astype(x.dtype).astype(jnp.float32)
-            dhidden = _dot(dyb, _pick(down, e), (1, 1))  # before the router weight
+            dhidden = _dot(dyb, down_e, (1, 1))  # before the router weight
             drelu = 2 * relu * dhidden * wb
-            dup = dup.at[e].add(_dot(drelu, xb, (0, 0)))
-            ddown = ddown.at[e].add(_dot(hidden * wb, dyb, (0, 0)))
-            dx = _put(dx, _dot(drelu, _pick(up, e), (1, 0)), at)
-            return dx, dup, ddown, _put(dweights, (dhidden * hidden).sum(axis=1), at)
+            dup_e += _dot(drelu, xb, (0, 0))
+            ddown_e += _dot(hidden * wb, dyb, (0, 0))
+            dx = _put(dx, _dot(drelu, up_e, (1, 0)), at)
+            return dx, dup_e, ddown_e, _put(dweights, (dhidden * hidden).sum(axis=1), at)
 
-        grads = jax.lax.fori_loop(0, part.count, body, grads)
+        dx, dup, ddown, dweights = grads
+        none = jnp.zeros(up_e.shape, jnp.float32)
+        dx, dup_e, ddown_e, dweights = blocks(body, (dx, none, none, dweights))
+        return dx, dup.at[e].set(dup_e), ddown.at[e].set(ddown_e), dweights
+
+    grads = _each_expert(rows, group_sizes, step, grads)
     dx, dup, ddown, dweights = grads
     real = jnp.arange(rows) < group_sizes.sum()
     dx, dweights = jnp.where(real[:, None], dx[:rows], 0), jnp.where(real, dweights[:rows], 0)
