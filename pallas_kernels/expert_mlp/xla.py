@@ -3,7 +3,7 @@
 Many rows: each group is cut into blocks of rows and loops run over the blocks that exist, so the work follows the
 routing (`jax.lax.ragged_dot` would be a dense product over all experts on CPU and CUDA). Small blocks cover what a
 group has beyond a multiple of the large block, at its start, and go first. The last reads on into rows that are not
-its own; what it writes there is overwritten when their turn comes, so no mask is needed.
+its own; the zeros it writes there are overwritten when their turn comes.
 
 Few tokens (decoding): matrix-vector products with the weights of each token's experts, which are gathered and used at
 once, or on CPU read in place.
@@ -109,18 +109,16 @@ def expert_mlp(x, up, down, weights, group_sizes):
         up_e, down_e = _pick(up, e), _pick(down, e)
 
         def body(block, at, own, y):
-            del own
             hidden = _dot(_take(padded, at, block), up_e, (1, 1))
             hidden = jnp.square(jax.nn.relu(hidden)).astype(x.dtype)
-            out = _dot(hidden, down_e, (1, 0))
-            return _put(y, out * _take(factors, at, block)[:, None], at)
+            out = _dot(hidden, down_e, (1, 0)) * _take(factors, at, block)[:, None]
+            return _put(y, jnp.where((jnp.arange(block) < own)[:, None], out, 0), at)
 
         return blocks(body, y)
 
     # As a constant, the zeros of all layers would be one array that lives from the first to the last and is copied.
     zero, group_sizes = jax.lax.optimization_barrier((jnp.float32(0), group_sizes))
-    y = _each_expert(rows, group_sizes, step, jnp.broadcast_to(zero, (rows + room, width)))
-    return jnp.where((jnp.arange(rows) < group_sizes.sum())[:, None], y[:rows], 0)
+    return _each_expert(rows, group_sizes, step, jnp.broadcast_to(zero, (rows + room, width)))[:rows]
 
 
 def _forward(x, up, down, weights, group_sizes):
