@@ -1,9 +1,9 @@
 """Grouped expert MLP in plain JAX: only chosen experts are computed, no row is dropped.
 
 Many rows: each group is cut into blocks of rows and loops run over the blocks that exist, so the work follows the
-routing (`jax.lax.ragged_dot` would be a dense product over all experts on CPU and CUDA). Small blocks cover what a
-group has beyond a multiple of the large block, at its start, and go first. The last reads on into rows that are not
-its own; the zeros it writes there are overwritten when their turn comes.
+routing (`jax.lax.ragged_dot` would be a dense product over all experts on CPU and CUDA). A group is cut into blocks of
+falling size; the last reads on into rows that are not its own, and the zeros it writes there are overwritten when
+their turn comes.
 
 Few tokens (decoding): matrix-vector products with the weights of each token's experts, which are gathered and used at
 once, or on CPU read in place.
@@ -16,9 +16,9 @@ import jax.numpy as jnp
 
 from pallas_kernels import matvec
 
-# (large, small), by the mean number of rows an expert has. A large block runs near the machine's matrix rate, a small
-# one wastes little on the rest.
-BLOCKS = ((384, 48), (192, 32), (64, 16), (16, 8))
+# Each size divides the one before it. Large blocks run near the machine's matrix rate, small ones waste little on the
+# rest; the choice follows the mean number of rows an expert has.
+BLOCKS = ((384, 48), (192, 48), (64, 16), (16, 8))
 
 
 def token_mlp(x, up, down, ids, weights):
@@ -53,8 +53,8 @@ def _sizes(rows, experts):
 
 def _room(rows, experts):
     """Rows to add at the end: small blocks read beyond the last row, and a large one must fit however few there are."""
-    large, small = _sizes(rows, experts)
-    return max(small, large - rows)
+    sizes = _sizes(rows, experts)
+    return max(sizes[-1], sizes[0] - rows)
 
 
 def _each_expert(rows, group_sizes, step, carry):
@@ -63,19 +63,23 @@ def _each_expert(rows, group_sizes, step, carry):
     `blocks(body, carry)` runs `carry = body(block, at, own, carry)` over its blocks: `block` rows from row `at` on, of
     which the first `own` are its own.
     """
-    large, small = _sizes(rows, group_sizes.shape[0])
+    sizes = _sizes(rows, group_sizes.shape[0])
     starts = jnp.cumsum(group_sizes) - group_sizes
     (present,) = jnp.nonzero(group_sizes, size=group_sizes.shape[0], fill_value=0)
 
     def one(i, carry):
         e = present[i]
-        start, size = starts[e], group_sizes[e]
-        rest = size % large
 
         def blocks(body, carry):
-            few = lambda b, carry: body(small, start + b * small, rest - b * small, carry)
-            many = lambda b, carry: body(large, start + rest + b * large, large, carry)
-            return jax.lax.fori_loop(0, size // large, many, jax.lax.fori_loop(0, -(-rest // small), few, carry))
+            at, left = starts[e], group_sizes[e]
+            for size in sizes:
+                count = -(-left // size) if size == sizes[-1] else left // size
+                one_block = lambda b, carry, size=size, at=at, left=left: body(
+                    size, at + b * size, jnp.minimum(left - b * size, size), carry
+                )
+                carry = jax.lax.fori_loop(0, count, one_block, carry)
+                at, left = at + count * size, left - count * size
+            return carry
 
         return step(e, blocks, carry)
 
