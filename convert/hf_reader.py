@@ -128,14 +128,6 @@ class HFReader(Mapping[str, TensorInfo]):
         self._stack.close()
 
 
-def read_json(path: str | os.PathLike[str]) -> Any:
-    """The value in a JSON file; bare `Infinity` and `NaN` are accepted, as Hugging Face configs use them.
-
-    Raises `InputError` if the file cannot be read or is not JSON in UTF-8.
-    """
-    return _parse_json(Path(path), _read_whole(Path(path)), "the file")
-
-
 def _find_weight_map(directory: Path) -> dict[str, Path]:
     """Tensor name -> shard according to the index; empty when the directory has no index."""
     with _reading(directory):
@@ -156,7 +148,7 @@ def _find_weight_map(directory: Path) -> dict[str, Path]:
 
 def _read_index(directory: Path) -> dict[str, Path]:
     path = directory / INDEX_NAME
-    index = _parse_json(path, _read_whole(path), "the index", unique_keys=True)
+    index = _parse_json(path, _read_whole(path), "the index")
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise _error(path, 'the index has no "weight_map" object that maps tensors to files')
@@ -237,7 +229,7 @@ def _read_header(path: Path, file: BinaryIO) -> list[TensorInfo]:
     _fill(path, file, memoryview(raw), 8)
     if not raw.startswith(b"{"):
         raise _error(path, f"the header is not a JSON object, it begins with {bytes(raw[:8])!r}")
-    header = _parse_json(path, bytes(raw), "the header", unique_keys=True)
+    header = _parse_json(path, bytes(raw), "the header")
     metadata = header.pop(METADATA_KEY, {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _error(path, f"{METADATA_KEY} in the header does not map strings to strings")
@@ -358,9 +350,9 @@ def _fill(path: Path, file: BinaryIO, buffer: memoryview, offset: int) -> None:
         done += count
 
 
-def _parse_json(path: Path, raw: bytes, label: str, *, unique_keys: bool = False) -> Any:
+def _parse_json(path: Path, raw: bytes, label: str) -> Any:
     try:
-        return json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_keys if unique_keys else None)
+        return json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_keys)
     except json.JSONDecodeError as error:
         problem = f"line {error.lineno} column {error.colno}: {error.msg}"
     except UnicodeDecodeError as error:

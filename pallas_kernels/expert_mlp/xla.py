@@ -16,8 +16,8 @@ import jax.numpy as jnp
 
 from pallas_kernels import matvec
 
-# Each size divides the one before it. Large blocks run near the machine's matrix rate, small ones waste little on the
-# rest; the choice follows the mean number of rows an expert has.
+# Large blocks run near the machine's matrix rate, small ones waste little on the rest; the choice follows the mean
+# number of rows an expert has.
 BLOCKS = ((384, 48), (192, 48), (64, 16), (16, 8))
 
 

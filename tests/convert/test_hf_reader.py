@@ -1,4 +1,4 @@
-"""`HFReader` and `read_json`: what they read, and one test per defect that they must name."""
+"""`HFReader`: what it reads, and one test per defect that it must name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from convert.hf_reader import DTYPES, INDEX_NAME, HFReader, TensorInfo, read_json
+from convert.hf_reader import DTYPES, INDEX_NAME, HFReader, TensorInfo
 from nemojax.errors import InputError
 
 SINGLE = "model.safetensors"
@@ -368,20 +368,3 @@ def test_bool_byte_that_is_neither_true_nor_false(tmp_path: Path) -> None:
         with pytest.raises(InputError) as caught:
             reader.read("mask")
     assert_one_line(caught.value, str(tmp_path / SINGLE), "'mask'", "byte 2")
-
-
-def test_read_json_takes_what_configs_hold(tmp_path: Path) -> None:
-    fill(tmp_path, {"config.json": '{"limit": [0.0, Infinity], "x": NaN, "é": {"k": 1, "k": 2}}'.encode()})
-    config = read_json(tmp_path / "config.json")
-    assert config["limit"] == [0.0, math.inf] and math.isnan(config["x"]) and config["é"] == {"k": 2}
-
-
-@pytest.mark.parametrize("case", ["does not exist", "line 1 column 1", "line 3 column 5", "is not UTF-8"])
-def test_read_json_names_the_file(tmp_path: Path, case: str) -> None:
-    contents = {"line 1 column 1": b"", "line 3 column 5": b'{"a": 1,\n\n "b"}', "is not UTF-8": b'"\xe9"'}
-    path = tmp_path / "config.json"
-    if case in contents:
-        path.write_bytes(contents[case])
-    with pytest.raises(InputError) as caught:
-        read_json(path)
-    assert_one_line(caught.value, str(path), case)

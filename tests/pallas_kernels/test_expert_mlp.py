@@ -114,6 +114,20 @@ def test_token_mlp(rows, chosen):
     implementations_agree(one_token_output, values, {"ids": ids}, [True], 1e-5)
 
 
+@pytest.mark.parametrize("rows, chosen", [(1, 1), (1, 3), (4, 2)])
+def test_token_mlp_where_experts_are_read_in_place(rows, chosen):
+    """Sizes that `matvec` can cut."""
+    experts, width, features = 4, 16, 128
+    values = {
+        "x": random(0, rows, features),
+        "up": random(1, experts, width, features) / 10,
+        "down": random(2, experts, width, features),
+        "weights": random(3, rows, chosen),
+    }
+    ids = np.stack([np.random.default_rng(r).permutation(experts)[:chosen] for r in range(rows)]).astype(np.int32)
+    implementations_agree(one_token_output, values, {"ids": ids}, [True], 1e-5)
+
+
 def test_token_mlp_equals_expert_mlp():
     values = arguments(EXPERTS)
     ids = np.arange(EXPERTS, dtype=np.int32)[:, None]

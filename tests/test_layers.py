@@ -1,0 +1,69 @@
+"""Single layers: the Flax shells, and one token against many where a token alone takes another path."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import assert_close, perturbed_params, run, tiny_config
+
+from nemojax import init_cache
+from nemojax.layers.attention import Attention, attention
+from nemojax.layers.mamba2 import Mamba2, mamba2
+from nemojax.layers.mlp import MLP, mlp
+from nemojax.layers.moe import MoE, moe
+from nemojax.layers.mtp import MTP, mtp
+
+CONFIG = tiny_config("M*E-", mtp_pattern="*E")
+# Every weight can be cut as `matvec` wants it.
+EVEN = tiny_config(
+    "ME*-",
+    vocab_size=64,
+    hidden_size=128,
+    num_attention_heads=4,
+    head_dim=32,
+    mamba_num_heads=8,
+    mamba_head_dim=16,
+    n_groups=1,
+    ssm_state_size=12,  # projection of 128 + 152 + 8 rows
+    intermediate_size=128,
+    moe_intermediate_size=16,
+    moe_shared_expert_intermediate_size=32,
+)
+X = np.random.default_rng(0).standard_normal((2, 5, CONFIG.hidden_size)).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    "shell, function, inputs",
+    [
+        (Mamba2, mamba2, (X,)),
+        (Attention, attention, (X,)),
+        (MoE, moe, (X,)),
+        (MLP, mlp, (X,)),
+        (MTP, mtp, (X, X[::-1])),
+    ],
+    ids=["mamba2", "attention", "moe", "mlp", "mtp"],
+)
+def test_shell_declares_what_the_function_reads(shell, function, inputs):
+    """`init` makes the tree of the spec table, and `apply` is the pure function."""
+    module = shell(CONFIG)
+    inputs = tuple(map(jnp.asarray, inputs))
+    params = module.init(jax.random.key(0), *inputs)["params"]
+    model = perturbed_params(CONFIG)
+    expected = (
+        model["mtp"] if function is mtp else model[f"layers_0{[mamba2, attention, moe, mlp].index(function)}"]["mixer"]
+    )
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, expected)
+    actual = module.apply({"params": expected}, *inputs)
+    wanted = function(expected, *inputs, config=CONFIG)
+    jax.tree.map(np.testing.assert_array_equal, actual, wanted)
+
+
+@pytest.mark.parametrize("batch", [1, 2], ids=["one-row", "two-rows"])
+def test_one_token_at_a_time_equals_all_at_once(batch):
+    tokens = np.random.default_rng(1).integers(0, EVEN.vocab_size, (batch, 6), np.int32)
+    expected = run(EVEN, tokens).logits
+    cache = init_cache(EVEN, batch, 6)
+    for t in range(6):
+        out = run(EVEN, tokens[:, t : t + 1], None, cache)
+        cache = out.cache
+        assert_close(out.logits[:, 0], expected[:, t], 1e-5)
