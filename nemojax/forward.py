@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from nemojax.cache import Cache
 from nemojax.config import Config
 from nemojax.layers.block import block
+from nemojax.layers.moe import Routing
 from nemojax.layers.mtp import mtp
 from nemojax.layers.norm import rms_norm
 from nemojax.layers.project import dot_rows
@@ -51,8 +53,12 @@ def backbone(
     config: Config,
     capture: tuple[str, ...] = (),
     implementation: str | None = None,
+    remat: bool = False,
 ) -> Backbone:
-    """Embedding, all layers, final norm. Rows whose cache has no room for the call come out as NaN."""
+    """Embedding, all layers, final norm. Rows whose cache has no room for the call come out as NaN.
+
+    With `remat`, the backward pass keeps only the residual stream and computes each layer again.
+    """
     segments, cache_out = enter(segment_ids, cache, tokens.shape[1])
     if segment_ids is not None:
         tokens = jnp.where(segment_ids > 0, tokens, 0)  # a pad may carry any id
@@ -65,15 +71,10 @@ def backbone(
     for index, kind in enumerate(config.pattern):
         name = layer_name(index)
         before = x
+        layer = functools.partial(block, kind=kind, config=config, implementation=implementation)
         with jax.named_scope(name):
-            x, mixer, state = block(
-                params[name],
-                x,
-                None if cache is None else cache.layers.get(name),
-                kind=kind,
-                config=config,
-                segments=segments,
-                implementation=implementation,
+            x, mixer, state = (jax.checkpoint(layer) if remat else layer)(
+                params[name], x, None if cache is None else cache.layers.get(name), segments=segments
             )
         states |= {name: state} if kind in "M*" else {}
         _record(captured, kind, resid_pre=before, resid_post=x, mixer_out=mixer, state=state)
@@ -95,12 +96,30 @@ def _record(captured: dict[str, list], kind: str, *, state: Any, **streams: Arra
 
 def head(params: dict[str, Any], hidden: Float[Array, "B T D"], config: Config) -> Float[Array, "B T V"]:
     """Logits, accumulated and returned in float32."""
-    table = params["embed" if config.tie_word_embeddings else "lm_head"]
+    return head_logits(hidden, params["embed" if config.tie_word_embeddings else "lm_head"])
+
+
+def head_logits(hidden: Float[Array, "B T D"], table: Float[Array, "V D"]) -> Float[Array, "B T V"]:
+    """The same for a given output table."""
     with jax.named_scope("lm_head"):
         return dot_rows(hidden, table.astype(hidden.dtype), jnp.float32)
 
 
-def mtp_logits(
+class NextToken(NamedTuple):
+    """What the multi-token prediction block gives.
+
+    Attributes:
+      hidden: from which the head predicts token t+2; unspecified where `has_next` is False.
+      has_next: whether the document of token t goes on with token t+1.
+      routings: of each expert layer of the block.
+    """
+
+    hidden: Float[Array, "B T D"]
+    has_next: Bool[Array, "B T"]
+    routings: list[Routing]
+
+
+def predict_next(
     params: dict[str, Any],
     tokens: Int[Array, "B T"],
     hidden: Float[Array, "B T D"],
@@ -108,11 +127,11 @@ def mtp_logits(
     *,
     config: Config,
     implementation: str | None = None,
-) -> Float[Array, "B T V"]:
-    """Logits of token t+2 from the hidden state at t and token t+1.
+) -> NextToken:
+    """Runs the multi-token prediction block on the hidden state at t and token t+1.
 
     Where token t+1 does not exist or belongs to another document, there is nothing to predict from: such a position is
-    a pad of the block, and its logits are unspecified.
+    a pad of the block.
     """
     documents = segments.documents
     if documents is None:
@@ -122,7 +141,7 @@ def mtp_logits(
     next_tokens = jnp.where(documents > 0, jnp.roll(tokens, -1, axis=1), 0)
     owner = jnp.zeros((tokens.shape[0],), jnp.int32)
     with jax.named_scope("mtp"):
-        hidden = mtp(
+        hidden, routings = mtp(
             params["mtp"],
             hidden,
             embed(params, next_tokens, config),
@@ -130,4 +149,4 @@ def mtp_logits(
             segments=Segments(documents, owner),
             implementation=implementation,
         )
-    return head(params, hidden, config)
+    return NextToken(hidden, documents > 0, routings)

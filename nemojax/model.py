@@ -90,7 +90,7 @@ class Nemotron(nn.Module):
         )
         predicted = None
         if mtp:
-            predicted = forward.mtp_logits(
+            after = forward.predict_next(
                 params,
                 tokens,
                 run.hidden,
@@ -98,6 +98,7 @@ class Nemotron(nn.Module):
                 config=self.config,
                 implementation=self.implementation,
             )
+            predicted = forward.head(params, after.hidden, self.config)
         logits = forward.head(params, run.hidden, self.config)
         return Output(logits, run.cache, predicted, run.captured if capture else None)
 

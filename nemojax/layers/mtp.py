@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from nemojax.config import Config
 from nemojax.layers.block import block
+from nemojax.layers.moe import Routing
 from nemojax.layers.norm import rms_norm
 from nemojax.layers.shell import declare
 from nemojax.segments import ALONE, Segments
@@ -25,7 +26,7 @@ def mtp(
     config: Config,
     segments: Segments = ALONE,
     implementation: str | None = None,
-) -> Float[Array, "B T D"]:
+) -> tuple[Float[Array, "B T D"], list[Routing]]:
     """Hidden state from which the shared head predicts token t+2 (arXiv 2512.20856; Megatron-LM's layer order).
 
     Args:
@@ -35,17 +36,22 @@ def mtp(
       config: the model's configuration.
       segments: documents and padding; the last token of a document has no next one and should be a pad here.
       implementation: of the kernels; None for the default.
+
+    Returns:
+      The hidden state, and the routing of each expert layer of the block.
     """
     eps = config.layer_norm_epsilon
     with jax.named_scope("eh_proj"):
         both = (rms_norm(next_embedding, params["enorm"], eps), rms_norm(hidden, params["hnorm"], eps))
         x = jnp.einsum("bte,de->btd", jnp.concatenate(both, axis=-1), params["eh_proj"])
+    routings = []
     for index, kind in enumerate(config.mtp_pattern):
         name = layer_name(index)
         with jax.named_scope(name):
             out = block(params[name], x, kind=kind, config=config, segments=segments, implementation=implementation)
-            x = out.x
-    return rms_norm(x, params["final_layernorm"], eps)
+        x = out.x
+        routings += [out.state] if kind == "E" else []
+    return rms_norm(x, params["final_layernorm"], eps), routings
 
 
 class MTP(nn.Module):

@@ -1,0 +1,164 @@
+"""Text that every machine with Python has: the standard library's sources and its reference prose (PSF licence).
+
+A document is one source file or one topic of `pydoc_data.topics`. Near-copies are dropped, so that no held-out document
+has a twin in the training part; which part a document belongs to depends on its name alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import sysconfig
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from nemojax.errors import InputError
+
+BOS, EOS = 1, 2
+# Nemotron's own ids; the ones without a use here keep their place.
+SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", *(f"<SPECIAL_{i}>" for i in range(3, 10)))
+SPECIAL_TOKENS += ("<|im_start|>", "<|im_end|>", "<think>", "</think>")
+HELD_OUT_SHARE = 20  # one document in so many
+
+# Not every machine has the tests, character tables say little, topics come in their own way.
+_LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "__pycache__", "pydoc_data", "encodings"}
+_SMALLEST = 200  # bytes
+_LONG_LINE = 20  # characters; shorter ones (`else:`) are no sign of a copy
+_COPIED = 0.5
+
+
+class Document(NamedTuple):
+    """One text and where it comes from."""
+
+    name: str
+    text: str
+
+
+class Corpus(NamedTuple):
+    """Two lists of documents that have no text in common."""
+
+    train: list[Document]
+    held_out: list[Document]
+
+
+def standard_library() -> Corpus:
+    """The running Python's sources and reference topics, deduplicated and split."""
+    return split(deduplicate(sorted(_sources() + _topics())))
+
+
+def read_files(paths: Iterable[Path]) -> list[Document]:
+    """The caller's own files, one document each, in the order of their names.
+
+    Raises:
+      InputError: a file cannot be read as UTF-8.
+    """
+    documents = []
+    for path in sorted(paths):
+        try:
+            documents.append(Document(str(path), path.read_text(encoding="utf-8")))
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{path}: cannot be read as text ({error})") from None
+    return documents
+
+
+def from_files(paths: Iterable[Path]) -> Corpus:
+    """The caller's own files, deduplicated and split."""
+    return split(deduplicate(read_files(paths)))
+
+
+def _sources() -> list[Document]:
+    root = Path(sysconfig.get_path("stdlib"))
+    found = []
+    for path in root.rglob("*.py"):
+        inside = path.relative_to(root)
+        if _LEFT_OUT.intersection(inside.parts) or path.name.startswith("_sysconfigdata"):
+            continue
+        try:
+            found.append(Document(inside.as_posix(), path.read_text(encoding="utf-8")))
+        except UnicodeDecodeError:
+            continue  # a few files are in another encoding on purpose
+    return found
+
+
+def _topics() -> list[Document]:
+    topics = importlib.import_module("pydoc_data.topics").topics
+    return [Document(f"topics/{name}", text) for name, text in topics.items()]
+
+
+def deduplicate(documents: Iterable[Document]) -> list[Document]:
+    """Drops tiny documents, and those of whose longer lines more than half occurred in documents before."""
+    seen: set[str] = set()
+    kept = []
+    for document in documents:
+        lines = {line.strip() for line in document.text.splitlines() if len(line.strip()) >= _LONG_LINE}
+        is_copy = len(lines & seen) > _COPIED * len(lines)
+        if len(document.text.encode()) >= _SMALLEST and not is_copy:
+            kept.append(document)
+            seen |= lines
+    return kept
+
+
+def split(documents: Sequence[Document]) -> Corpus:
+    """Splits by a hash of the name.
+
+    Raises:
+      InputError: one part is empty, or a text is in both.
+    """
+    is_held_out = [int(hashlib.sha256(d.name.encode()).hexdigest(), 16) % HELD_OUT_SHARE == 0 for d in documents]
+    train = [d for d, out in zip(documents, is_held_out, strict=True) if not out]
+    held_out = [d for d, out in zip(documents, is_held_out, strict=True) if out]
+    if not train or not held_out:
+        raise InputError(f"{len(documents)} documents are too few to hold any out; give more text")
+    hashes = [{hashlib.sha256(d.text.encode()).hexdigest() for d in part} for part in (train, held_out)]
+    if hashes[0] & hashes[1]:
+        raise InputError(f"{len(hashes[0] & hashes[1])} held-out texts are also in the training part")
+    return Corpus(train, held_out)
+
+
+def digest(documents: Iterable[Document]) -> str:
+    """SHA-256 over all names and texts: the same digest is the same data."""
+    total = hashlib.sha256()
+    for name, text in documents:
+        total.update(f"{len(name.encode())} {len(text.encode())} ".encode() + name.encode() + text.encode())
+    return total.hexdigest()
+
+
+def size(documents: Iterable[Document]) -> int:
+    """Bytes of all texts."""
+    return sum(len(d.text.encode()) for d in documents)
+
+
+# --------------------------------------------------------------------------------------------------- tokenizer
+
+
+def train_tokenizer(documents: Iterable[Document], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE tokenizer: every text has a spelling, no text is changed."""
+    tokenizer = Tokenizer(models.BPE(unk_token=None))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((d.text for d in documents), trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
+    return tokenizer
+
+
+def encode(tokenizer: Tokenizer, documents: Iterable[Document]) -> list[Int[np.ndarray, " T"]]:
+    """Ids of each document, between `<s>` and `</s>`, int32."""
+    encodings = tokenizer.encode_batch_fast([d.text for d in documents], add_special_tokens=False)
+    return [np.array([BOS, *encoding.ids, EOS], np.int32) for encoding in encodings]
+
+
+def token_bytes(tokenizer: Tokenizer) -> Int[np.ndarray, " V"]:
+    """Bytes of text that each id stands for; special tokens none."""
+    spelled = [tokenizer.id_to_token(i) for i in range(tokenizer.get_vocab_size())]
+    return np.array([0 if i < len(SPECIAL_TOKENS) else len(token) for i, token in enumerate(spelled)], np.int32)

@@ -1,0 +1,165 @@
+"""How good a trained model is on text that it never saw, beside two programs that know nothing of neural networks.
+
+    python -m experiments.held_out CHECKPOINT [--text FILE...]
+
+Bits per byte of the held-out part of the corpus (or of the files given) for the model, for an interpolated 5-gram model
+fitted to the same training tokens, and for `xz -9`; the load of the experts, and how often the multi-token prediction
+block foretells what the model itself would say. Last result: experiments/nemotron_tiny/README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import hashlib
+import lzma
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+import nemojax
+from experiments import corpus, ngram, objective
+from experiments.corpus import Document
+from nemojax import Config, forward
+from nemojax.errors import InputError
+from nemojax.tokenizer import load_tokenizer
+
+# Documents go through in pieces, with the state carried on, so that one compiled program serves every length.
+_PIECE = 1024
+ORDER = 5
+
+
+class Result(NamedTuple):
+    """Sums over documents.
+
+    Attributes:
+      nats: of every token after the first one of a document. tokens: how many these are.
+      load: how many times each expert was chosen, by layer.
+      agreed, foretold: how often the multi-token prediction block was asked, and gave the model's own choice.
+    """
+
+    nats: float
+    tokens: int
+    load: dict[str, np.ndarray]
+    agreed: int
+    foretold: int
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns 2 for wrong input."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path, help="Hugging Face or Orbax directory with a tokenizer.json")
+    parser.add_argument("--text", type=Path, nargs="+", help="UTF-8 files to measure instead of the held-out part")
+    args = parser.parse_args(arguments)
+    try:
+        texts = corpus.standard_library()
+        held_out = texts.held_out if args.text is None else unseen(args.text, texts.train)
+        model, params = nemojax.load(args.checkpoint, dtype="float32")
+        tokenizer = load_tokenizer(args.checkpoint)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    train, documents = (corpus.encode(tokenizer, part) for part in (texts.train, held_out))
+    result = measure(model.config, params, documents)
+    fitted = ngram.fit([d[1:] for d in train], model.config.vocab_size, order=ORDER, start=corpus.BOS)
+    counted = -sum(float(fitted.log_probs(d[1:]).sum()) for d in documents)
+    _print(texts.train, held_out, result, counted)
+    return 0
+
+
+def unseen(paths: Sequence[Path], train: Sequence[Document]) -> list[Document]:
+    """The files as documents.
+
+    Raises:
+      InputError: one cannot be read, or its text is in the training part.
+    """
+    known = {hashlib.sha256(d.text.encode()).digest(): d.name for d in train}
+    documents = corpus.read_files(paths)
+    for document in documents:
+        if name := known.get(hashlib.sha256(document.text.encode()).digest()):
+            raise InputError(f"{document.name}: the training part has the same text ({name})")
+    return documents
+
+
+def measure(config: Config, params: dict[str, Any], documents: Sequence[np.ndarray], *, show: bool = True) -> Result:
+    """Runs every document through the model alone, in pieces with a cache.
+
+    Args:
+      config: the model's configuration. params: its parameters.
+      documents: ids of each, int32, the first one is only context.
+      show: a progress bar.
+    """
+    longest = -(-max(map(len, documents)) // _PIECE) * _PIECE
+    run = jax.jit(functools.partial(_piece, config=config), donate_argnums=1)
+    nats, agreed, foretold, load = 0.0, 0, 0, {}
+    for document in tqdm(documents, unit="document", disable=not show):
+        cache = nemojax.init_cache(config, 1, longest)
+        for start in range(0, len(document), _PIECE):
+            window = document[start : start + _PIECE + 1]  # with the label of the last token
+            tokens, ids = (np.zeros((1, _PIECE), np.int32) for _ in range(2))
+            here, labelled = min(len(window), _PIECE), len(window) - 1
+            tokens[0, :here], ids[0, :labelled] = window[:here], window[1:]
+            place = np.arange(_PIECE)[None]
+            out, cache = run(params, cache, tokens, (place < here).astype(np.int32), ids, place < labelled)
+            nats += float(out[0])
+            agreed, foretold = agreed + int(out[1]), foretold + int(out[2])
+            for layer, counts in out[3].items():
+                load[layer] = load.get(layer, 0) + np.asarray(counts)
+    return Result(nats, sum(len(d) - 1 for d in documents), load, agreed, foretold)
+
+
+def _piece(params, cache, tokens, segment_ids, ids, mask, *, config):
+    run = forward.backbone(params, tokens, segment_ids, cache, config=config, capture=("router",))
+    logits = forward.head(params, run.hidden, config)
+    nats = jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, ids[..., None], axis=-1)[..., 0]
+    real, routings = [segment_ids > 0] * len(run.captured["router"]), list(run.captured["router"])
+    agreed = foretold = jnp.int32(0)
+    if config.mtp_pattern:
+        after = forward.predict_next(params, tokens, run.hidden, run.segments, config=config)
+        guess = jnp.argmax(forward.head(params, after.hidden, config), axis=-1)[:, :-1]
+        own, asked = jnp.argmax(logits, axis=-1)[:, 1:], after.has_next[:, :-1] & mask[:, 1:]
+        agreed, foretold = ((guess == own) & asked).sum(), asked.sum()
+        routings, real = routings + after.routings, real + [after.has_next] * len(after.routings)
+    count = lambda routing, real: (jax.nn.one_hot(routing.ids, config.n_routed_experts) * real[..., None, None]).sum(
+        (0, 1, 2)
+    )
+    load = dict(zip(objective.expert_layers(config), map(count, routings, real), strict=True))
+    return (jnp.where(mask, nats, 0).sum(), agreed, foretold, load), run.cache
+
+
+def _print(train: Sequence[Document], held_out: Sequence[Document], result: Result, counted: float) -> None:
+    size = corpus.size(held_out)
+    packed = len(lzma.compress("".join(d.text for d in held_out).encode(), preset=9))
+    print(f"training part  {len(train):5} documents, {corpus.size(train):10,} bytes, sha256 {corpus.digest(train)}")
+    print(f"measured text  {len(held_out):5} documents, {size:10,} bytes, sha256 {corpus.digest(held_out)}\n")
+    print(f"{'':30}{'bits per byte':>14}{'bits per token':>16}")
+    bits = {
+        "model": result.nats / math.log(2),
+        f"interpolated {ORDER}-gram": counted / math.log(2),
+        "xz -9": 8 * packed,
+    }
+    for name, total in bits.items():
+        per_token = f"{total / result.tokens:16.3f}" if name != "xz -9" else ""
+        print(f"{name:30}{total / size:14.4f}{per_token}")
+    print()
+    for layer, load in result.load.items():
+        idle = int((load == 0).sum())
+        print(
+            f"experts of {layer:16} largest load {load.max() / load.mean():.2f} of the mean, {idle} of {load.size} idle"
+        )
+    if result.foretold:
+        print(
+            f"the multi-token prediction block names the model's own choice in {result.agreed / result.foretold:.1%} "
+            f"of {result.foretold:,} places"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

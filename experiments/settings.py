@@ -1,0 +1,108 @@
+"""What decides a training run: the same settings, data and software give the same parameters bit by bit."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from nemojax.config import Config
+from nemojax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Settings of `experiments.train`; the values are those of the released models where these are public.
+
+    Attributes:
+      model: fields of `nemojax.Config`; None with `--init`, which brings a model.
+      compute_dtype: of activations and of the copy of the weights that they meet; master weights are float32.
+      tokens_per_row, rows_per_step, accumulate: a step has `rows_per_step` rows, in `accumulate` equal parts.
+      steps, warmup_steps, decay_steps: constant learning rate between a linear rise and a fall in 1 - sqrt.
+      learning_rate, final_learning_rate: its peak and its end.
+      bias_rate: step of the router's correction bias. balance_scale, mtp_scale: weights in the loss.
+      remat: keep only the residual stream for the backward pass.
+      seed: of the parameters and of the order of the data.
+      save_every, keep: checkpoints, in steps, and how many stay. evaluate_every: look at held-out text, in steps.
+      lora: projections to adapt (regular expressions), none to train everything. lora_rank, lora_alpha: of adapters.
+    """
+
+    model: dict[str, Any] | None = None
+    compute_dtype: str = "float32"
+    tokens_per_row: int = 1024
+    rows_per_step: int = 8
+    accumulate: int = 1
+    steps: int = 1000
+    warmup_steps: int = 50
+    decay_steps: int = 200
+    learning_rate: float = 1e-3
+    final_learning_rate: float = 1e-5
+    beta1: float = 0.9
+    beta2: float = 0.95
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    bias_rate: float = 1e-3
+    balance_scale: float = 1e-4
+    mtp_scale: float = 0.3
+    remat: bool = False
+    seed: int = 0
+    save_every: int = 100
+    keep: int = 2
+    evaluate_every: int = 100
+    lora: tuple[str, ...] = ()
+    lora_rank: int = 8
+    lora_alpha: float = 16.0
+
+    def __post_init__(self):
+        for name in ("tokens_per_row", "rows_per_step", "accumulate", "steps", "save_every", "keep", "evaluate_every"):
+            if getattr(self, name) < 1:
+                raise InputError(f"settings: {name} must be at least 1, got {getattr(self, name)}")
+        if self.rows_per_step % self.accumulate:
+            raise InputError(
+                f"settings: rows_per_step {self.rows_per_step} is not divisible by {self.accumulate} parts"
+            )
+        if self.warmup_steps < 0 or self.decay_steps < 0 or self.warmup_steps + self.decay_steps > self.steps:
+            raise InputError(
+                f"settings: warmup_steps {self.warmup_steps} and decay_steps {self.decay_steps} do not fit into "
+                f"{self.steps} steps"
+            )
+
+    @property
+    def config(self) -> Config:
+        """The model's configuration, float32."""
+        return Config(**(self.model or {}) | {"dtype": "float32"})
+
+
+def read(path: Path | None, changes: Sequence[str] = ()) -> Settings:
+    """Settings from a JSON file, with `name=value` changes on top (the value in JSON, or a plain string).
+
+    Raises:
+      InputError: the file or a change cannot be read, or names no setting.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path}: cannot be read as JSON ({error})") from None
+    for change in changes:
+        name, equals, value = change.partition("=")
+        if not equals:
+            raise InputError(f"--set {change}: give name=value")
+        try:
+            values[name] = json.loads(value)
+        except ValueError:
+            values[name] = value
+    known = {field.name for field in dataclasses.fields(Settings)}
+    if unknown := sorted(values.keys() - known):
+        raise InputError(f"settings: {', '.join(unknown)} unknown; known: {', '.join(sorted(known))}")
+    if "lora" in values:
+        values["lora"] = tuple(values["lora"])
+    return Settings(**values)
+
+
+def write(settings: Settings, path: Path) -> None:
+    """Stores every setting as JSON."""
+    path.write_text(json.dumps(dataclasses.asdict(settings), indent=2) + "\n", encoding="utf-8")
