@@ -121,7 +121,7 @@ def make_step(config: Config, settings: Settings, token_bytes: Array) -> Callabl
         if not settings.lora:
             trained = objective.balance_bias(trained, sums.load, settings.bias_rate)
         bad = jax.tree.map(lambda g: ~jnp.isfinite(g).all(), grads)
-        metrics = Metrics(value, sums, optax.global_norm(grads), schedule(settings)(state.step), bad)
+        metrics = Metrics(value, sums, optax.tree.norm(grads), schedule(settings)(state.step), bad)
         return TrainState(state.step + 1, state.key, trained, optimizer_state), metrics
 
     return step

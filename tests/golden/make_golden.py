@@ -11,13 +11,14 @@ results need none of them. Each `<case>/` is a Hugging Face directory and a `ref
     logits         float32 [B, T, V]          transformers in float32, weights upcast, dt floor lifted
     hidden_states  float32 [layers, B, T, D]  residual stream after each layer, before norm_f (not in `demo`)
     greedy         int32 [B, N]               transformers' own cached loop, end-of-text ids switched off
-    prompt         str                        `demo` only: the text whose ids are `tokens`
+    prompt         str                        `demo` and `tiny`: the text whose ids are `tokens`
 
 Cases: `nano` and `dense` are float32 as transformers saves them (released names); `fused` holds the weights
 of `nano` under the transformers 5 names, experts stacked, in shards; `super` is bfloat16 with float32
 correction biases, LatentMoE, group-limited routing and a multi-token prediction block (which transformers
-ignores: no reference here); `demo` is the checkpoint of `make demo`, bfloat16, with a tokenizer trained on
-the help texts that come with Python 3.11.
+ignores: no reference here); `demo` is bfloat16, with a chat template and a tokenizer trained on the help texts
+that come with Python 3.11; `tiny` is the trained model of `make demo` (experiments/nemotron_tiny), of which
+only the reference is made here.
 """
 
 from __future__ import annotations
@@ -60,6 +61,10 @@ DEMO = {
     "moe_shared_expert_intermediate_size": 176,
     "eos_token_id": [2, 11],
 }
+TINY = HERE.parents[1] / "experiments" / "nemotron_tiny"
+TINY_PROMPT = '''def read_lines(path):
+    """Return the lines of the file.'''
+TINY_NEW_TOKENS = 64
 DEMO_PROMPT_TOPIC, DEMO_PROMPT_START, DEMO_NEW_TOKENS = "while", "This repeatedly tests", 32
 SPECIAL = {0: "<unk>", 1: "<s>", 2: "</s>", 9: "[TOOL_CALLS]", 10: "<|im_start|>", 11: "<|im_end|>"}
 SPECIAL |= {12: "<think>", 13: "</think>"}
@@ -97,7 +102,9 @@ def save(model, directory: Path, **options) -> None:
         path.chmod(0o644)
 
 
-def write_reference(directory: Path, tokens: np.ndarray, new_tokens: int, *, hidden: bool = True, **extra) -> None:
+def write_reference(
+    directory: Path, tokens: np.ndarray, new_tokens: int, *, hidden: bool = True, target: Path | None = None, **extra
+) -> None:
     """Runs transformers on what lies in `directory` and stores its answers; refuses a fragile reference."""
     model = oracle.load(directory)
     out = oracle.forward(model, tokens)
@@ -109,8 +116,9 @@ def write_reference(directory: Path, tokens: np.ndarray, new_tokens: int, *, hid
         raise SystemExit(f"{facts}: choose another seed")
     if not hidden:
         del out["hidden_states"]
-    np.savez_compressed(directory / "reference.npz", tokens=tokens.astype(np.int32), greedy=greedy, **out, **extra)
-    print(f"{facts}, {sum(f.stat().st_size for f in directory.iterdir()) / 1e3:.0f} kB")
+    target = target or directory
+    np.savez_compressed(target / "reference.npz", tokens=tokens.astype(np.int32), greedy=greedy, **out, **extra)
+    print(f"{facts}, {sum(f.stat().st_size for f in target.iterdir() if f.is_file()) / 1e3:.0f} kB")
 
 
 def random_tokens(case: str, vocab_size: int) -> np.ndarray:
@@ -223,12 +231,22 @@ def make_demo(case: str, keep_weights: bool) -> None:
     write_reference(directory, np.array([ids]), DEMO_NEW_TOKENS, hidden=False, prompt=np.array(prompt))
 
 
+def make_tiny(case: str, keep_weights: bool) -> None:
+    """`tiny`: the reference of the trained model; its weights are made by experiments.train."""
+    del case, keep_weights
+    ids = Tokenizer.from_file(str(TINY / "model" / "tokenizer.json")).encode(TINY_PROMPT).ids
+    write_reference(
+        TINY / "model", np.array([ids]), TINY_NEW_TOKENS, hidden=False, target=TINY, prompt=np.array(TINY_PROMPT)
+    )
+
+
 MAKERS = {
     "nano": make_plain,
     "dense": make_plain,
     "fused": make_fused,
     "super": make_super,
     "demo": make_demo,
+    "tiny": make_tiny,
 }
 
 

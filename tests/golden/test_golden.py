@@ -9,15 +9,16 @@ import pytest
 import nemojax
 
 FOLDER = Path(__file__).parent
-CASES = ("nano", "dense", "super", "fused", "demo")
+CASES = ("nano", "dense", "super", "fused", "demo", "tiny")
+TINY = FOLDER.parents[1] / "experiments" / "nemotron_tiny"  # the trained model; its reference lies beside it
 # float32 against float32, in units of the largest value.
 TOLERANCE = 2e-5
 
 
 @pytest.fixture(scope="module", params=CASES)
 def case(request):
-    path = FOLDER / request.param
-    model, params = nemojax.load(path, dtype="float32")
+    path = TINY if request.param == "tiny" else FOLDER / request.param
+    model, params = nemojax.load(path / "model" if path == TINY else path, dtype="float32")
     return model, params, np.load(path / "reference.npz")
 
 
@@ -31,7 +32,7 @@ def test_logits(case):
     assert _error(logits, reference["logits"]) < TOLERANCE
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c != "demo"], indirect=True)  # demo stores logits only
+@pytest.mark.parametrize("case", CASES[:4], indirect=True)  # the others store logits only
 def test_residual_stream_of_every_layer(case):
     model, params, reference = case
     run = jax.jit(lambda p, t: model.apply({"params": p}, t, capture=("resid_post",)).captured["resid_post"])

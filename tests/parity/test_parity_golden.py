@@ -14,13 +14,21 @@ import pair
 import nemojax
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-CASES = ("nano", "dense", "fused", "super", "demo")
+CASES = ("nano", "dense", "fused", "super", "demo", "tiny")
+TINY = GOLDEN.parents[1] / "experiments" / "nemotron_tiny"
+
+
+def locate(case):
+    """Checkpoint and reference of a case."""
+    return (
+        (TINY / "model", TINY / "reference.npz") if case == "tiny" else (GOLDEN / case, GOLDEN / case / "reference.npz")
+    )
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_transformers_still_gives_the_stored_answers(case):
-    stored = np.load(GOLDEN / case / "reference.npz")
-    model = oracle.load(GOLDEN / case)
+    path, reference = locate(case)
+    stored, model = np.load(reference), oracle.load(path)
     found = oracle.forward(model, stored["tokens"])
     for name in {"logits", "hidden_states"} & set(stored):
         assert oracle.distance(found[name], stored[name]) < 2e-6
@@ -30,8 +38,8 @@ def test_transformers_still_gives_the_stored_answers(case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_nemojax_gives_the_stored_answers(case):
-    stored = np.load(GOLDEN / case / "reference.npz")
-    model, params = nemojax.load(GOLDEN / case, dtype="float32")
+    path, reference = locate(case)
+    stored, (model, params) = np.load(reference), nemojax.load(path, dtype="float32")
     out = pair.run(pair.Pair(None, model, params), stored["tokens"], capture=("resid_post",))
     assert oracle.distance(out.logits, stored["logits"]) < 2e-5
     if "hidden_states" in stored:

@@ -2,6 +2,10 @@
 
 transformers has no multi-token prediction, load-balancing loss or moving correction bias, so these are off. It cannot
 reset its state inside a row either: packed documents run there as rows of their own.
+
+Measured over the four cases and seeds 0 to 4: the loss, which falls from about 7 to 3, differs by at most 8.5e-5 in any
+step, and by at most 1.4e-6 in half of the runs; the gradient's norm by at most 1.8e-3 of itself; a weight by at most
+1.4e-3 of the largest move in its tensor. With seed 4, used here: 1.4e-6, 2.1e-6 and 1.2e-4.
 """
 
 from __future__ import annotations
@@ -28,11 +32,13 @@ from experiments import update
 from experiments.packing import Batch, pack
 from experiments.settings import Settings
 
-LOSS_BOUND, NORM_BOUND, WEIGHTS_BOUND = 1e-4, 1e-3, 1e-3
-# Two curves drift apart by rounding; where two experts are as near as that, one of them would jump.
-MARGIN = 1e-4
+SEED = 4
+LOSS_BOUND, NORM_BOUND, WEIGHTS_BOUND = 1e-4, 1e-4, 1e-3
+# The two sides drift apart by rounding; where two experts tie to within that, they may rightly differ.
+MARGIN = 2e-5
 
-# Warm-up, the constant part and the fall are all in the 20 steps.
+# Warm-up, the constant part and the fall are all in the 20 steps. At three times this rate training is chaotic with
+# some seeds: torch in float32 and torch in float64 then differ by more than 1e-2.
 SETTINGS = Settings(
     tokens_per_row=40,
     rows_per_step=4,
@@ -40,8 +46,12 @@ SETTINGS = Settings(
     steps=20,
     warmup_steps=5,
     decay_steps=8,
-    learning_rate=1e-2,
-    final_learning_rate=1e-3,
+    learning_rate=3e-3,
+    final_learning_rate=3e-4,
+    beta1=0.9,
+    beta2=0.95,
+    weight_decay=0.1,
+    clip_norm=1.0,
     bias_rate=0.0,
     balance_scale=0.0,
     mtp_scale=0.0,
@@ -57,22 +67,20 @@ PACKED = ((17, 1, 22), (40,), (3, 32, 5), (11, 13))
 
 
 class Curve(NamedTuple):
-    """Of each step: the loss, and the gradient's norm before clipping. After the last: weights by transformers' names."""
-
-    loss: np.ndarray
-    grad_norm: np.ndarray
-    weights: dict[str, np.ndarray]
+    loss: np.ndarray  # of each step
+    grad_norm: np.ndarray  # of each step, before clipping
+    weights: dict[str, np.ndarray]  # after the last step, by transformers' names
 
 
-def build(case: str, seed: int):
-    # So few ids that each has a successor in the first step. The embedding of one that only ends documents has no
-    # gradient but rounding, of which Adam's first step makes a step of full size.
-    return oracle.build(oracle.make_config(case, pattern=PATTERNS[case], vocab_size=30), seed)
+def build(case: str):
+    # So few ids that each has a successor in the first step. An id that only ends documents has an embedding whose
+    # gradient is exactly 0, and rounding in its place grows in Adam's first steps to a visible share of a full step.
+    return oracle.build(oracle.make_config(case, pattern=PATTERNS[case], vocab_size=30), SEED)
 
 
-def documents(seed: int, step: int, lengths, vocab_size: int) -> list[np.ndarray]:
+def documents(step: int, lengths, vocab_size: int) -> list[np.ndarray]:
     """Walks through the vocabulary in steps of 1 to 3, which a model can learn; other ones at every step."""
-    rng = np.random.default_rng([seed, step])
+    rng = np.random.default_rng([SEED, step])
     walk = lambda length: (rng.integers(vocab_size) + rng.integers(1, 4, length).cumsum()) % vocab_size
     return [walk(length) for length in itertools.chain(*lengths)]
 
@@ -102,8 +110,9 @@ def torch_optimizer(model) -> torch.optim.AdamW:
     for name, parameter in model.named_parameters():
         leaf = name.removesuffix(".weight").rpartition(".")[2]
         groups[leaf not in ("norm", "norm_f", "A_log", "D", "dt_bias", "bias")].append(parameter)
-    decays, stays = {"params": groups[True], "weight_decay": 0.1}, {"params": groups[False], "weight_decay": 0.0}
-    return torch.optim.AdamW([decays, stays], betas=(0.9, 0.95), eps=1e-8)
+    decays = {"params": groups[True], "weight_decay": SETTINGS.weight_decay}
+    stays = {"params": groups[False], "weight_decay": 0.0}
+    return torch.optim.AdamW([decays, stays], betas=(SETTINGS.beta1, SETTINGS.beta2), eps=1e-8)
 
 
 def torch_loss(model, rows) -> torch.Tensor:
@@ -125,8 +134,8 @@ def torch_curve(model, batches) -> Curve:
         loss = torch_loss(model, rows)
         optimizer.zero_grad()
         loss.backward()
-        # torch divides by the norm + 1e-6, optax by the norm; it matters to neither the loss nor the bounds.
-        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)))
+        # torch divides by the norm + 1e-6, optax by the norm: far below the bounds.
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), SETTINGS.clip_norm)))
         for group in optimizer.param_groups:
             group["lr"] = float(rate(index))
         optimizer.step()
@@ -134,25 +143,25 @@ def torch_curve(model, batches) -> Curve:
     return Curve(np.array(losses), np.array(norms), pair.numpy_state(model))
 
 
-@pytest.mark.parametrize(
-    ("case", "lengths", "seed"),
-    [
-        pytest.param("nano", WHOLE, 3, id="nano, one document a row"),
-        pytest.param("nano", PACKED, 3, id="nano, packed documents"),
-        pytest.param("super", WHOLE, 3, id="super, one document a row"),
-        pytest.param("super", PACKED, 3, id="super, packed documents"),
-    ],
-)
-def test_training_curve(case, lengths, seed):
-    theirs = build(case, seed)
+@pytest.mark.parametrize("lengths", [WHOLE, PACKED], ids=["one-document-a-row", "packed"])
+@pytest.mark.parametrize("case", PATTERNS)
+def test_training_curve(case, lengths):
+    """Loss and gradient norm of every step, and every weight after the last."""
+    theirs = build(case)
     config = pair.our_config(theirs.config)
     # A copy: torch changes its weights in place, and JAX may use the same memory.
     start = {name: value.copy() for name, value in pair.numpy_state(theirs).items()}
     params = pair.with_declared_dtypes(tree.from_torch(start, config), config)
-    batches = [documents(seed, step, lengths, config.vocab_size) for step in range(SETTINGS.steps)]
-    assert len(np.unique(np.concatenate([d[:-1] for d in batches[0]]))) == config.vocab_size
+    batches = [documents(step, lengths, config.vocab_size) for step in range(SETTINGS.steps)]
+    followed = np.unique(np.concatenate([d[:-1] for d in batches[0]]))
+    assert len(followed) == config.vocab_size, "choose another seed"
     found, expected = our_curve(config, params, batches), torch_curve(theirs, batches)
-    assert expected.loss[-3:].mean() < 0.7 * expected.loss[:3].mean(), "the model did not learn"
-    assert expected.grad_norm.max() > 2, "the clip was not needed"
+    assert expected.loss[-3:].mean() < 0.6 * expected.loss[:3].mean(), "the model did not learn"
+    assert expected.grad_norm.max() > 2 * SETTINGS.clip_norm, "the clip was not needed"
     assert np.abs(found.loss - expected.loss).max() < LOSS_BOUND
     assert np.abs(found.grad_norm / expected.grad_norm - 1).max() < NORM_BOUND
+    biases = {name for name in start if name.endswith("e_score_correction_bias")}
+    assert all(np.array_equal(found.weights[name], start[name]) for name in biases)
+    moved = {name: (found.weights[name] - start[name], expected.weights[name] - start[name]) for name in start}
+    worst = {name: oracle.distance(*moved[name]) for name in moved.keys() - biases}
+    assert max(worst.values()) < WEIGHTS_BOUND, worst

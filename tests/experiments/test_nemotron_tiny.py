@@ -1,0 +1,72 @@
+"""The shipped model: as small, as good and as balanced as its README says."""
+
+import json
+import lzma
+import math
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import experiments
+import nemojax
+from experiments import corpus, held_out, ngram
+from nemojax.tokenizer import load_tokenizer
+
+FOLDER = Path(experiments.__file__).parent / "nemotron_tiny"
+MODEL = FOLDER / "model"
+
+
+def test_it_is_small_enough_to_ship():
+    assert sum(f.stat().st_size for f in MODEL.iterdir()) < 12e6
+
+
+def test_it_has_every_kind_of_layer_often_enough():
+    config = nemojax.Config.from_hf(MODEL)
+    assert all(config.pattern.count(kind) >= n for kind, n in (("M", 3), ("E", 3), ("*", 1)))
+    assert config.n_routed_experts >= 16 and config.num_experts_per_tok >= 4 and config.mtp_pattern
+
+
+def test_it_comes_from_the_settings_beside_it():
+    """The record of the run holds every setting of the file, and the digests of the data."""
+    record, settings = (json.loads((FOLDER / name).read_text()) for name in ("run.json", "settings.json"))
+    assert settings.items() <= record.items()
+    assert {len(record[name]) for name in ("train_sha256", "held_out_sha256")} == {64}
+
+
+@pytest.fixture(scope="module")
+def library():
+    texts = corpus.standard_library()
+    record = json.loads((FOLDER / "run.json").read_text())
+    if corpus.digest(texts.train) != record["train_sha256"]:
+        pytest.skip("this Python has another standard library than the one that the model was trained on")
+    return texts
+
+
+@pytest.mark.slow
+def test_it_beats_counting_and_compressing_on_text_that_it_never_saw(library):
+    """On every second held-out document, by a clear margin: bits per byte, balanced experts, foretold tokens."""
+    texts = library.held_out[::2]
+    model, params = nemojax.load(MODEL, dtype="float32")
+    train, documents = (corpus.encode(load_tokenizer(MODEL), part) for part in (library.train, texts))
+    result = held_out.measure(model.config, params, documents, show=False)
+    size = corpus.size(texts)
+    ours = result.nats / math.log(2) / size
+    fitted = ngram.fit([d[1:] for d in train], model.config.vocab_size, order=5, start=corpus.BOS)
+    counted = -sum(float(fitted.log_probs(d[1:]).sum()) for d in documents) / math.log(2) / size
+    packed = 8 * len(lzma.compress("".join(d.text for d in texts).encode(), preset=9)) / size
+    assert ours < 0.92 * min(counted, packed), (ours, counted, packed)
+    for layer, load in result.load.items():
+        assert load.min() > 0 and load.max() < 2 * load.mean(), layer
+    assert result.agreed > 0.4 * result.foretold
+
+
+def test_it_writes_python():
+    """Greedy text after the head of a function is indented code, not noise."""
+    model, params = nemojax.load(MODEL, dtype="float32")
+    tokenizer = load_tokenizer(MODEL)
+    tokens = jnp.array([tokenizer.encode("import os\n\n\ndef main():\n").ids], jnp.int32)
+    new = np.asarray(nemojax.generate(model, params, tokens, max_new_tokens=12))[0]
+    text = tokenizer.decode(new.tolist())
+    assert text.startswith("    ") and text.isprintable() or "\n" in text, text
