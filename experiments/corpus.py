@@ -1,7 +1,7 @@
 """Text that every machine with Python has: the standard library's sources and its reference prose (PSF licence).
 
 A document is one source file or one topic of `pydoc_data.topics`. Near-copies are dropped, so that no held-out document
-has a twin in the training part; which part a document belongs to depends on its name alone.
+has a twin in the training part; a hash of its name decides which part a document belongs to.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def read_files(paths: Iterable[Path]) -> list[Document]:
         try:
             documents.append(Document(str(path), path.read_text(encoding="utf-8")))
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{path}: cannot be read as text ({error})") from None
+            raise InputError(f"{path}: cannot be read as text ({error}); give UTF-8 files") from None
     return documents
 
 
@@ -96,7 +96,8 @@ def deduplicate(documents: Iterable[Document]) -> list[Document]:
     kept = []
     for document in documents:
         lines = {line.strip() for line in document.text.splitlines() if len(line.strip()) >= _LONG_LINE}
-        is_copy = len(lines & seen) > _COPIED * len(lines)
+        lines |= {document.text}  # equal files are copies whatever their lines
+        is_copy = document.text in seen or len(lines & seen) > _COPIED * len(lines)
         if len(document.text.encode()) >= _SMALLEST and not is_copy:
             kept.append(document)
             seen |= lines
@@ -104,19 +105,23 @@ def deduplicate(documents: Iterable[Document]) -> list[Document]:
 
 
 def split(documents: Sequence[Document]) -> Corpus:
-    """Splits by a hash of the name.
+    """Splits by a hash of the name; of few documents, the one with the smallest hash is held out.
 
     Raises:
-      InputError: one part is empty, or a text is in both.
+      InputError: there are not two documents, or a text is in both parts.
     """
-    is_held_out = [int(hashlib.sha256(d.name.encode()).hexdigest(), 16) % HELD_OUT_SHARE == 0 for d in documents]
-    train = [d for d, out in zip(documents, is_held_out, strict=True) if not out]
-    held_out = [d for d, out in zip(documents, is_held_out, strict=True) if out]
+    number = {d.name: int(hashlib.sha256(d.name.encode()).hexdigest(), 16) for d in documents}
+    chosen = {name for name, value in number.items() if value % HELD_OUT_SHARE == 0}
+    chosen = chosen or {min(number, key=number.get, default="")}
+    train = [d for d in documents if d.name not in chosen]
+    held_out = [d for d in documents if d.name in chosen]
     if not train or not held_out:
-        raise InputError(f"{len(documents)} documents are too few to hold any out; give more text")
+        raise InputError(f"{len(documents)} documents are too few to hold one out; give at least two that differ")
     hashes = [{hashlib.sha256(d.text.encode()).hexdigest() for d in part} for part in (train, held_out)]
     if hashes[0] & hashes[1]:
-        raise InputError(f"{len(hashes[0] & hashes[1])} held-out texts are also in the training part")
+        raise InputError(
+            f"{len(hashes[0] & hashes[1])} held-out texts are also in the training part; remove the copies"
+        )
     return Corpus(train, held_out)
 
 
@@ -153,8 +158,10 @@ def train_tokenizer(documents: Iterable[Document], vocab_size: int) -> Tokenizer
 
 
 def encode(tokenizer: Tokenizer, documents: Iterable[Document]) -> list[Int[np.ndarray, " T"]]:
-    """Ids of each document, between `<s>` and `</s>`, int32."""
-    encodings = tokenizer.encode_batch_fast([d.text for d in documents], add_special_tokens=False)
+    """Ids of each document, between `<s>` and `</s>`, int32. A `<s>` inside a text is three characters."""
+    plain = Tokenizer.from_str(tokenizer.to_str())
+    plain.encode_special_tokens = True
+    encodings = plain.encode_batch_fast([d.text for d in documents], add_special_tokens=False)
     return [np.array([BOS, *encoding.ids, EOS], np.int32) for encoding in encodings]
 
 

@@ -3,8 +3,9 @@
     python -m experiments.held_out CHECKPOINT [--text FILE...]
 
 Bits per byte of the held-out part of the corpus (or of the files given) for the model, for an interpolated 5-gram model
-fitted to the same training tokens, and for `xz -9`; the load of the experts, and how often the multi-token prediction
-block foretells what the model itself would say. Last result: experiments/nemotron_tiny/README.md.
+fitted to the standard library's training part, and for `xz -9`; the load of the experts, and how often the multi-token
+prediction block foretells what the model itself would say (its attention sees 1,024 tokens at a time). Last result:
+experiments/nemotron_tiny/README.md.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tokenizers import Tokenizer
 from tqdm import tqdm
 
 import nemojax
@@ -42,7 +44,7 @@ class Result(NamedTuple):
     Attributes:
       nats: of every token after the first one of a document. tokens: how many these are.
       load: how many times each expert was chosen, by layer.
-      agreed, foretold: how often the multi-token prediction block was asked, and gave the model's own choice.
+      agreed: how often the multi-token prediction block gave the model's own choice. foretold: how often it was asked.
     """
 
     nats: float
@@ -66,12 +68,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    train, documents = (corpus.encode(tokenizer, part) for part in (texts.train, held_out))
-    result = measure(model.config, params, documents)
-    fitted = ngram.fit([d[1:] for d in train], model.config.vocab_size, order=ORDER, start=corpus.BOS)
-    counted = -sum(float(fitted.log_probs(d[1:]).sum()) for d in documents)
-    _print(texts.train, held_out, result, counted)
+    result = measure(model.config, params, corpus.encode(tokenizer, held_out))
+    _print(texts.train, held_out, result, figures(result, tokenizer, texts.train, held_out))
     return 0
+
+
+def figures(
+    result: Result, tokenizer: Tokenizer, train: Sequence[Document], held_out: Sequence[Document]
+) -> dict[str, float]:
+    """Bits per byte of the held-out texts: the model's, and those of the two programs that it must beat.
+
+    Args:
+      result: of `measure` on the held-out texts.
+      tokenizer: the model's. train: what the 5-gram model is fitted to.
+    """
+    fitted = ngram.fit([d[1:] for d in corpus.encode(tokenizer, train)], tokenizer.get_vocab_size(), order=ORDER)
+    counted = -sum(float(fitted.log_probs(d[1:]).sum()) for d in corpus.encode(tokenizer, held_out))
+    packed = len(lzma.compress("".join(d.text for d in held_out).encode(), preset=9))
+    bits = {
+        "model": result.nats / math.log(2),
+        f"interpolated {ORDER}-gram": counted / math.log(2),
+        "xz -9": 8 * packed,
+    }
+    return {name: total / corpus.size(held_out) for name, total in bits.items()}
 
 
 def unseen(paths: Sequence[Path], train: Sequence[Document]) -> list[Document]:
@@ -97,7 +116,7 @@ def measure(config: Config, params: dict[str, Any], documents: Sequence[np.ndarr
       show: a progress bar.
     """
     longest = -(-max(map(len, documents)) // _PIECE) * _PIECE
-    run = jax.jit(functools.partial(_piece, config=config), donate_argnums=1)
+    run = jax.jit(functools.partial(_piece, config=config))
     nats, agreed, foretold, load = 0.0, 0, 0, {}
     for document in tqdm(documents, unit="document", disable=not show):
         cache = nemojax.init_cache(config, 1, longest)
@@ -134,20 +153,12 @@ def _piece(params, cache, tokens, segment_ids, ids, mask, *, config):
     return (jnp.where(mask, nats, 0).sum(), agreed, foretold, load), run.cache
 
 
-def _print(train: Sequence[Document], held_out: Sequence[Document], result: Result, counted: float) -> None:
-    size = corpus.size(held_out)
-    packed = len(lzma.compress("".join(d.text for d in held_out).encode(), preset=9))
+def _print(train: Sequence[Document], held_out: Sequence[Document], result: Result, bits: dict[str, float]) -> None:
     print(f"training part  {len(train):5} documents, {corpus.size(train):10,} bytes, sha256 {corpus.digest(train)}")
-    print(f"measured text  {len(held_out):5} documents, {size:10,} bytes, sha256 {corpus.digest(held_out)}\n")
-    print(f"{'':30}{'bits per byte':>14}{'bits per token':>16}")
-    bits = {
-        "model": result.nats / math.log(2),
-        f"interpolated {ORDER}-gram": counted / math.log(2),
-        "xz -9": 8 * packed,
-    }
-    for name, total in bits.items():
-        per_token = f"{total / result.tokens:16.3f}" if name != "xz -9" else ""
-        print(f"{name:30}{total / size:14.4f}{per_token}")
+    print(f"measured text  {len(held_out):5} documents, {corpus.size(held_out):10,} bytes, ", end="")
+    print(f"sha256 {corpus.digest(held_out)}\n\n{'':24}bits per byte")
+    for name, value in bits.items():
+        print(f"{name:24}{value:13.4f}")
     print()
     for layer, load in result.load.items():
         idle = int((load == 0).sum())

@@ -62,9 +62,7 @@ def log(run: Path, steps_done: int) -> Iterator[Any]:
     """A function that appends one record; lines of steps after `steps_done`, which will be done again, are dropped."""
     path = run / LOG
     lines = [line for line in read_log(run) if line["step"] <= steps_done]
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    os.replace(partial, path)
+    _write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
     with path.open("a", encoding="utf-8", buffering=1) as file:
         yield lambda record: file.write(json.dumps(record) + "\n")
 
@@ -86,7 +84,7 @@ def prepare(run: Path, description: dict[str, Any]) -> None:
 
     Args:
       run: the directory.
-      description: settings and data digests.
+      description: settings and digests of what the run starts from.
 
     Raises:
       InputError: it holds a run with another description; names what differs.
@@ -101,6 +99,16 @@ def prepare(run: Path, description: dict[str, Any]) -> None:
             was = "; ".join(f"{k} {stored.get(k)!r}, now {description.get(k)!r}" for k in different)
             raise InputError(f"{run}: holds a run with other settings ({was}); choose another directory")
         return
-    if any(run.iterdir()):
+    if any(item.name != _partial(path).name for item in run.iterdir()):
         raise InputError(f"{run}: is not empty and holds no run; choose another directory")
-    path.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+    _write_whole(path, json.dumps(description, indent=2) + "\n")
+
+
+def _partial(path: Path) -> Path:
+    return path.with_suffix(".partial")
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """A kill leaves the file as it was or as it should be."""
+    _partial(path).write_text(text, encoding="utf-8")
+    os.replace(_partial(path), path)

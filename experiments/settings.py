@@ -11,6 +11,9 @@ from typing import Any
 from nemojax.config import Config
 from nemojax.errors import InputError
 
+_EXAMPLE = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
+_EXAMPLE |= {tuple: 'a list such as ["in_proj"]'}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -56,9 +59,16 @@ class Settings:
     lora_alpha: float = 16.0
 
     def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value, wanted = getattr(self, field.name), type(field.default)
+            fits = isinstance(value, (int, float)) if wanted is float else isinstance(value, wanted)
+            if field.name != "model" and (not fits or isinstance(value, bool) != (wanted is bool)):
+                raise InputError(f"settings: {field.name} must be {_EXAMPLE[wanted]}, got {value!r}")
+        if self.compute_dtype not in ("float32", "bfloat16"):
+            raise InputError(f"settings: compute_dtype must be float32 or bfloat16, got {self.compute_dtype!r}")
         for name in ("tokens_per_row", "rows_per_step", "accumulate", "steps", "save_every", "keep", "evaluate_every"):
             if getattr(self, name) < 1:
-                raise InputError(f"settings: {name} must be at least 1, got {getattr(self, name)}")
+                raise InputError(f"settings: {name} must be at least 1, got {getattr(self, name)}; raise it")
         if self.rows_per_step % self.accumulate:
             raise InputError(
                 f"settings: rows_per_step {self.rows_per_step} is not divisible by {self.accumulate} parts"
@@ -71,8 +81,15 @@ class Settings:
 
     @property
     def config(self) -> Config:
-        """The model's configuration, float32."""
-        return Config(**(self.model or {}) | {"dtype": "float32"})
+        """The model's configuration, float32.
+
+        Raises:
+          InputError: `model` does not describe one.
+        """
+        try:
+            return Config(**(self.model or {}) | {"dtype": "float32"})
+        except TypeError as error:  # a field that is unknown or missing
+            raise InputError(f"settings: model: {str(error).replace('Config.__init__() ', '')}") from None
 
 
 def read(path: Path | None, changes: Sequence[str] = ()) -> Settings:
@@ -81,12 +98,14 @@ def read(path: Path | None, changes: Sequence[str] = ()) -> Settings:
     Raises:
       InputError: the file or a change cannot be read, or names no setting.
     """
-    values: dict[str, Any] = {}
+    values: Any = {}
     if path is not None:
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise InputError(f"{path}: cannot be read as JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: holds a {type(values).__name__}; give an object of settings")
     for change in changes:
         name, equals, value = change.partition("=")
         if not equals:
@@ -98,11 +117,6 @@ def read(path: Path | None, changes: Sequence[str] = ()) -> Settings:
     known = {field.name for field in dataclasses.fields(Settings)}
     if unknown := sorted(values.keys() - known):
         raise InputError(f"settings: {', '.join(unknown)} unknown; known: {', '.join(sorted(known))}")
-    if "lora" in values:
+    if isinstance(values.get("lora"), list):
         values["lora"] = tuple(values["lora"])
     return Settings(**values)
-
-
-def write(settings: Settings, path: Path) -> None:
-    """Stores every setting as JSON."""
-    path.write_text(json.dumps(dataclasses.asdict(settings), indent=2) + "\n", encoding="utf-8")

@@ -4,12 +4,14 @@
     python -m experiments.train RUN --init CHECKPOINT --set 'lora=["in_proj","experts_.*"]' --text FILE...
 
 The text is the running Python's standard library, or the files given. A killed run goes on with the same command, and
-ends with the same parameters bit by bit. The result is RUN/model, a Hugging Face directory.
+ends with the same parameters bit by bit (on a CPU; a GPU needs XLA's deterministic operations for that). The result is
+RUN/model, a Hugging Face directory.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import sys
@@ -35,6 +37,8 @@ from experiments.settings import Settings
 from experiments.update import Metrics, TrainState
 from nemojax.config import Config
 from nemojax.errors import InputError
+from nemojax.layout import copy_companions
+from nemojax.specs import flatten
 from nemojax.tokenizer import load_tokenizer
 
 # Rows of held-out text that a look during training takes; `experiments.held_out` reads all of it.
@@ -47,7 +51,7 @@ class Data(NamedTuple):
     Attributes:
       tokenizer: of the text.
       train, held_out: ids of each document.
-      digests: of the texts, for the record.
+      digests: of the texts and the tokenizer, for the record.
     """
 
     tokenizer: Tokenizer
@@ -110,27 +114,47 @@ def train(
         model, base = nemojax.load(init, dtype="float32")
         config, tokenizer = model.config, load_tokenizer(init)
     data = read_data(text, tokenizer, config.vocab_size)
-    run_directory.prepare(run, vars(chosen) | data.digests | {"init": init and str(init)})
-    data.tokenizer.save(str(run / run_directory.TOKENIZER))
     state = initial_state(config, chosen, base)
+    seed = [int(word) for word in np.asarray(state.key)]
+    stream = packing.Stream(data.train, length=chosen.tokens_per_row, rows=chosen.rows_per_step, seed=seed)
+    # Only a run that can begin takes the directory.
+    run_directory.prepare(run, vars(chosen) | data.digests | {"init_sha256": base and _digest(base)})
+    data.tokenizer.save(str(run / run_directory.TOKENIZER))
     checkpoints = Checkpoints(run, chosen.keep)
     try:
         if checkpoints.latest is not None:
             state = checkpoints.load(checkpoints.latest, state)
-        state = _loop(run, state, base, data, config, chosen, checkpoints, show_progress)
+        state = _loop(run, state, base, stream, data, config, chosen, checkpoints, show_progress)
     finally:
         checkpoints.close()
     curves.draw(run_directory.read_log(run), run / run_directory.CURVES)
-    export(run, update.assemble(base, state.trained, config=config, settings=chosen), config)
+    export(run, update.assemble(base, state.trained, config=config, settings=chosen), config, init)
+
+
+def _digest(params: Any) -> str:
+    total = hashlib.sha256()
+    for path, leaf in flatten(params):
+        total.update(path.encode() + np.asarray(leaf).tobytes())
+    return total.hexdigest()
 
 
 def read_data(text: Sequence[Path] | None, tokenizer: Tokenizer | None, vocab_size: int) -> Data:
-    """Reads and encodes the text, with a tokenizer of its own if none is given."""
+    """Reads and encodes the text, with a tokenizer of its own if none is given.
+
+    Raises:
+      InputError: the text is too little, or the tokenizer has more ids than the model.
+    """
     texts = corpus.standard_library() if text is None else corpus.from_files(text)
     tokenizer = tokenizer or corpus.train_tokenizer(texts.train, vocab_size)
     if tokenizer.get_vocab_size() > vocab_size:
-        raise InputError(f"the tokenizer has {tokenizer.get_vocab_size()} ids, the model only {vocab_size}")
-    digests = {"train_sha256": corpus.digest(texts.train), "held_out_sha256": corpus.digest(texts.held_out)}
+        raise InputError(
+            f"the tokenizer has {tokenizer.get_vocab_size()} ids, the model only {vocab_size}; raise vocab_size"
+        )
+    digests = {
+        "train_sha256": corpus.digest(texts.train),
+        "held_out_sha256": corpus.digest(texts.held_out),
+        "tokenizer_sha256": hashlib.sha256(tokenizer.to_str().encode()).hexdigest(),
+    }
     return Data(tokenizer, *(corpus.encode(tokenizer, part) for part in texts), digests)
 
 
@@ -142,18 +166,14 @@ def initial_state(config: Config, chosen: Settings, base: Any) -> TrainState:
         trained = lora.init(config, chosen.lora, chosen.lora_rank, key)
     else:
         trained = nemojax.init_params(config, key) if base is None else base
-    # A copy: steps give their buffers away.
-    trained = jax.tree.map(jnp.copy, trained)
     return TrainState(jnp.int32(0), jax.random.key_data(key), trained, update.make_optimizer(chosen).init(trained))
 
 
-def _loop(run, state, base, data, config, chosen, checkpoints, show_progress) -> TrainState:
+def _loop(run, state, base, stream, data, config, chosen, checkpoints, show_progress) -> TrainState:
     """Steps from the state to the end of the run."""
     token_bytes = jnp.asarray(_padded(corpus.token_bytes(data.tokenizer), config.vocab_size))
     step = jax.jit(update.make_step(config, chosen, token_bytes))
     look = jax.jit(partial(_look, config=config, chosen=chosen, token_bytes=token_bytes))
-    seed = [int(word) for word in np.asarray(state.key)]
-    stream = packing.Stream(data.train, length=chosen.tokens_per_row, rows=chosen.rows_per_step, seed=seed)
     held_out = _some_rows(data.held_out, chosen.tokens_per_row)
     done = int(state.step)
     bar = tqdm(total=chosen.steps, initial=done, unit="step", disable=not show_progress)
@@ -220,16 +240,21 @@ def _record(step: int, metrics: Metrics, chosen: Settings) -> dict[str, Any]:
     return record
 
 
-def export(run: Path, params: Any, config: Config) -> None:
-    """Writes RUN/model in bfloat16, the dtype of the released checkpoints."""
-    config = config.replace(dtype="bfloat16")
+def export(run: Path, params: Any, config: Config, init: Path | None) -> None:
+    """Writes RUN/model: as the checkpoint that the run started from (its dtype and the files beside its weights), or in
+    bfloat16, the dtype of the released checkpoints.
+    """
+    config = config.replace(dtype="bfloat16" if init is None else Config.from_hf(init).dtype)
     with tempfile.TemporaryDirectory() as folder:
         orbax = Path(folder) / "orbax"
         nemojax.save(orbax, config, update.compute_copy(params, config))
-        (orbax / "tokenizer.json").write_bytes((run / run_directory.TOKENIZER).read_bytes())
-        special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-        kind = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.max_position_embeddings}
-        (orbax / "tokenizer_config.json").write_text(json.dumps(kind | special, indent=2) + "\n")
+        if init is not None:
+            copy_companions(init, orbax)
+        else:
+            (orbax / "tokenizer.json").write_bytes((run / run_directory.TOKENIZER).read_bytes())
+            special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+            kind = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.max_position_embeddings}
+            (orbax / "tokenizer_config.json").write_text(json.dumps(kind | special, indent=2) + "\n")
         convert(orbax, run / run_directory.MODEL, overwrite=True, show_progress=False)
 
 

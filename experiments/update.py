@@ -128,20 +128,27 @@ def make_step(config: Config, settings: Settings, token_bytes: Array) -> Callabl
 
 
 def first_non_finite(params: PyTree, batch: Batch, metrics: Metrics, config: Config) -> str:
-    """The layer at which a step went wrong: in the forward pass, else in the backward pass, which runs from the end.
+    """Where a step went wrong: the first bad layer of the forward pass, else the first one of the backward pass.
 
     Args:
       params: parameters before the step, in the dtypes to compute in.
       batch: its batch [A, B, T]. metrics: its result.
       config: the configuration that computed it.
     """
-    for part in zip(*batch, strict=True):
-        run = forward.backbone(params, *map(jnp.asarray, part), config=config, capture=("resid_post",))
-        real = (part[1] > 0)[..., None]
+    for tokens, segment_ids in zip(*batch, strict=True):
+        run = forward.backbone(
+            params, tokens, jnp.asarray(segment_ids), config=config, capture=("resid_pre", "resid_post")
+        )
+        finite = lambda x, real=(segment_ids > 0)[..., None]: bool(jnp.where(real, jnp.isfinite(x), True).all())
+        if not finite(run.captured["resid_pre"][0]):
+            return "embed (in the forward pass)"
         for index, x in enumerate(run.captured["resid_post"]):
-            if not bool(jnp.where(real, jnp.isfinite(x), True).all()):
+            if not finite(x):
                 return f"{layer_name(index)} (kind {config.pattern[index]!r}, in the forward pass)"
+    if not bool(jnp.isfinite(metrics.sums.nats)):
+        return "norm_f or the head (every layer of the backbone is finite)"
+    if not bool(jnp.isfinite(metrics.sums.mtp_nats)):
+        return "mtp (the multi-token prediction block; everything before it is finite)"
     bad = [path for path, is_bad in flatten(metrics.bad_gradient) if bool(is_bad)]
-    if bad:
-        return f"{bad[-1]} (in the backward pass; {len(bad)} leaves in all)"
-    return "the head or the multi-token prediction block (every layer of the backbone is finite)"
+    layers = [path for path in bad if path.startswith("layers_")]
+    return f"{(layers or bad)[-1]} (in the backward pass; {len(bad)} leaves in all)"

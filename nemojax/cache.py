@@ -80,8 +80,8 @@ def init_cache(config: Config, batch: int, max_len: int) -> Cache:
         elif kind == "*":
             slots = (batch, max_len, config.num_key_value_heads, config.head_dim)
             layers[layer_name(index)] = AttentionState(*(jnp.zeros(slots, config.np_dtype) for _ in range(2)))
-    zeros = jnp.zeros((batch,), jnp.int32)
-    return Cache(layers, zeros, jnp.zeros((batch, max_len), jnp.int32), zeros, zeros)
+    zeros = lambda *shape: jnp.zeros(shape, jnp.int32)  # each an array of its own, so that a cache can be donated
+    return Cache(layers, zeros(batch), zeros(batch, max_len), zeros(batch), zeros(batch))
 
 
 def init_mamba_state(config: Config, batch: int) -> MambaState:

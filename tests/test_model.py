@@ -102,6 +102,12 @@ def test_dtypes_of_a_cache_do_not_change():
     jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype) or pytest.fail(f"{a} {b}"), after, before)
 
 
+def test_a_fresh_cache_can_be_donated():
+    """No array is in it twice."""
+    step = jax.jit(lambda cache: jax.tree.map(lambda a: a + 1, cache), donate_argnums=0)
+    assert step(init_cache(tiny_config("M*"), 2, 8)).length.tolist() == [1, 1]
+
+
 def test_captured_values_belong_together():
     captured = run(tiny_config("M*-"), DOCUMENTS, capture=CAPTURES).captured
     for before, mixer, after in zip(*(captured[n] for n in ("resid_pre", "mixer_out", "resid_post")), strict=True):

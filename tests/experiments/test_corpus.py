@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from experiments import corpus, packing
@@ -40,11 +40,24 @@ def test_part_depends_on_the_name_alone():
     assert set(few.held_out) <= set(corpus.split(documents).held_out)
 
 
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_of_few_documents_one_is_held_out(count):
+    few = corpus.split(texts(count))
+    assert len(few.held_out) == 1 and len(few.train) == count - 1
+
+
+def test_one_document_cannot_be_split():
+    with pytest.raises(InputError, match="1 documents are too few"):
+        corpus.split(texts(1))
+
+
 def test_near_copies_are_dropped():
     original = Document("a.py", "".join(f"a line of its own, number {i}\n" for i in range(40)))
     copy = Document("b.py", "# a new first line of some length\n" + original.text)
     other = Document("c.py", original.text.replace("its own", "another file"))
     assert corpus.deduplicate([original, copy, other, Document("d.py", "tiny")]) == [original, other]
+    short = Document("e.py", "a = 1\n" * 60)
+    assert corpus.deduplicate([short, short._replace(name="f.py")]) == [short]
 
 
 def test_the_same_text_in_both_parts_is_refused():
@@ -73,11 +86,12 @@ def test_special_tokens_have_nemotrons_ids(tokenizer):
 
 
 @given(st.text())
+@example("(?P<s>x)</s><|im_end|>")
 @settings(max_examples=50)
 def test_text_survives(tokenizer, text):
     (ids,) = corpus.encode(tokenizer, [Document("", text)])
     assert ids[0] == BOS and ids[-1] == EOS
-    assert tokenizer.decode(ids.tolist()) == text
+    assert tokenizer.decode(ids[1:-1].tolist(), skip_special_tokens=False) == text
     assert corpus.token_bytes(tokenizer)[ids].sum() == len(text.encode())
 
 

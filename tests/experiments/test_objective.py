@@ -78,7 +78,6 @@ def gradient():
 
 
 LAYOUTS = {
-    "one-row": lambda: pack(DOCUMENTS, 24),
     "one-row-and-padding": lambda: pack(DOCUMENTS, 30),
     "alone": lambda: rows(12),
     "alone-right-padded": lambda: rows(16),
@@ -235,7 +234,9 @@ def test_one_batch_can_be_learnt_by_heart():
     state = update.TrainState(
         jnp.int32(0), jnp.zeros(2, jnp.uint32), params, update.make_optimizer(settings).init(params)
     )
-    batch = Batch(*(a[None] for a in pack(DOCUMENTS, 24)))
+    # What follows a first token is only certain where no two documents begin alike.
+    documents = [np.concatenate([[i + 1], d[1:]]).astype(np.int32) for i, d in enumerate(DOCUMENTS)]
+    batch = Batch(*(a[None] for a in pack(documents, 24)))
     step = jax.jit(update.make_step(config, settings, TOKEN_BYTES), compiler_options=FAST_COMPILE)
     losses = []
     for _ in range(settings.steps):

@@ -1,7 +1,9 @@
 """Runs as a user makes them: finished, killed and resumed, broken, refused, with adapters."""
 
+import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -100,8 +102,14 @@ def start(run, text, *options):
     return subprocess.Popen([*command, *options], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
 
 
+def moments():
+    """Numbers of log lines at which to kill, the same in every test run."""
+    rng = np.random.default_rng(5)
+    return [(int(rng.integers(3, 7)),), (1, int(rng.integers(8, 12)))]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("moments", [(3,), (1, 8), (4, 5, 11)], ids=str)
+@pytest.mark.parametrize("moments", moments(), ids=str)
 def test_a_killed_run_resumes_bitwise(whole_run, text, tmp_path, moments):
     """SIGKILL once the log has so many lines, whatever is being written then; the last start runs to the end."""
     run = tmp_path / "killed"
@@ -112,7 +120,13 @@ def test_a_killed_run_resumes_bitwise(whole_run, text, tmp_path, moments):
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
         process.wait()
+    checkpoints = run_directory.Checkpoints(run, 2)
+    done = checkpoints.latest
+    checkpoints.close()
+    assert 0 < done < SHORT["steps"]
+    kept = run_directory.read_log(run)[:done]
     assert start(run, text).wait() == 0
+    assert run_directory.read_log(run)[:done] == kept  # their times too: these steps were not done again
     assert weights(run) == weights(whole_run)
     assert all(map(np.array_equal, last_state(run), last_state(whole_run)))
     untimed = lambda run: [
@@ -133,49 +147,66 @@ def test_a_half_written_checkpoint_is_not_picked_up(tmp_path):
         if file.is_file() and "commit" not in file.name:
             (half / file.name).write_bytes(file.read_bytes()[:10])
     again = run_directory.Checkpoints(tmp_path, 2)
-    assert again.latest == 4
+    assert again.latest == 4 and not half.exists()
     assert again.load(4, {"a": jax.numpy.zeros(3, jax.numpy.int32)})["a"].tolist() == [0, 1, 2]
     again.close()
 
 
 def test_a_finished_run_does_nothing_when_started_again(whole_run, text):
-    before = weights(whole_run)
+    before, log = weights(whole_run), (whole_run / run_directory.LOG).read_bytes()
     train.train(whole_run, Settings(model=MODEL, **SHORT), text=text, show_progress=False)
-    assert weights(whole_run) == before and len(run_directory.read_log(whole_run)) == 12
+    assert weights(whole_run) == before and (whole_run / run_directory.LOG).read_bytes() == log
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_layer(text, tmp_path, monkeypatch, capsys):
-    """The parameters of layer 1 are poisoned before the first step."""
+POISONED = {
+    "backbone": (("layers_01", "mixer", "shared_up_proj"), "layers_01 (kind 'E', in the forward pass)"),
+    "embedding": (("embed",), "embed (in the forward pass)"),
+    "head": (("lm_head",), "norm_f or the head"),
+    "multi-token prediction": (("mtp", "eh_proj"), "mtp (the multi-token prediction block"),
+}
+
+
+@pytest.mark.parametrize("path, where", POISONED.values(), ids=POISONED)
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_layer(path, where, text, tmp_path, monkeypatch, capsys):
+    """One parameter is poisoned before the first step."""
     initial = train.initial_state
 
     def poisoned(config, chosen, base):
         state = initial(config, chosen, base)
-        mixer = state.trained["layers_01"]["mixer"]
-        mixer["shared_up_proj"] = mixer["shared_up_proj"].at[0, 0].set(np.nan)
+        *parents, name = path
+        node = functools.reduce(dict.__getitem__, parents, state.trained)
+        node[name] = jax.numpy.full_like(node[name], np.nan)
         return state
 
     monkeypatch.setattr(train, "initial_state", poisoned)
     settings = [f"--set={name}={json.dumps(value)}" for name, value in (SHORT | {"model": MODEL}).items()]
     code = train.main([str(tmp_path / "run"), *settings, "--no-progress", "--text", *map(str, text)])
     assert code == 1
-    assert "stopped: step 1: loss nan" in (message := capsys.readouterr().err)
-    assert "at layers_01 (kind 'E', in the forward pass)" in message
+    message = capsys.readouterr().err
+    assert "stopped: step 1: loss nan" in message and f"at {where}" in message
     assert run_directory.read_log(tmp_path / "run") == []
 
 
 def test_adapters_train_and_come_out_as_a_checkpoint(whole_run, text, tmp_path, capsys):
-    start_from = whole_run / run_directory.MODEL
+    start_from = tmp_path / "base"
+    shutil.copytree(whole_run / run_directory.MODEL, start_from)
+    (start_from / "chat_template.jinja").write_text("{{ messages }}")
     settings = Settings(**SHORT, lora=("in_proj", "experts_.*"), lora_rank=2)
     train.train(tmp_path / "run", settings, init=start_from, text=text, show_progress=False)
     report = capsys.readouterr().out
     assert "in_proj" in report and "experts_up_proj" in report
     (_, before), (_, after) = nemojax.load(start_from), nemojax.load(tmp_path / "run" / run_directory.MODEL)
     changed = {path for path, leaf in flatten(after) if not np.array_equal(leaf, dict(flatten(before))[path])}
+    assert (tmp_path / "run" / run_directory.MODEL / "chat_template.jinja").read_text() == "{{ messages }}"
     names = {"in_proj", "experts_up_proj", "experts_down_proj"}
     assert changed == {path for path, _ in flatten(before) if path.rsplit("/", 1)[-1] in names}
 
 
 REFUSED = {
+    "text for a number": (["--set", "steps=abc"], "steps must be a whole number, got 'abc'"),
+    "text for a list": (["--set", "lora=in_proj"], "lora must be a list such as"),
+    "dtype": (["--set", "compute_dtype=float8"], "compute_dtype must be float32 or bfloat16, got 'float8'"),
+    "unknown model field": (["--set", 'model={"patern": "M"}'], "settings: model: "),
     "unknown setting": (["--set", "stepps=3"], "stepps unknown; known: accumulate"),
     "not a change": (["--set", "steps"], "--set steps: give name=value"),
     "no model": (["--set", "model=null"], "model is missing; give --settings with a model, or --init"),
@@ -196,6 +227,20 @@ def test_wrong_input_is_one_line_and_exit_code_2(options, message, text, tmp_pat
     code = train.main([str(tmp_path / "run"), "--text", *map(str, text), *settings, "--no-progress", *options])
     error = capsys.readouterr().err
     assert code == 2 and error.startswith("error: ") and error.count("\n") == 1 and message in error, error
+
+
+def test_a_refused_run_does_not_take_the_directory(text, tmp_path):
+    settings = [f"--set={name}={json.dumps(value)}" for name, value in (SHORT | {"model": MODEL}).items()]
+    code = train.main([str(tmp_path / "run"), "--text", *map(str, text), *settings, "--set", "rows_per_step=4000"])
+    assert code == 2 and not (tmp_path / "run").exists()
+
+
+def test_a_kill_while_the_directory_is_made_does_no_harm(tmp_path):
+    (tmp_path / "settings.partial").write_text('{"see')
+    run_directory.prepare(tmp_path, {"seed": 1})
+    run_directory.prepare(tmp_path, {"seed": 1})
+    with pytest.raises(InputError, match="seed 1, now 2"):
+        run_directory.prepare(tmp_path, {"seed": 2})
 
 
 def test_another_run_in_the_directory_is_refused(whole_run, text, tmp_path):

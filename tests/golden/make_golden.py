@@ -113,7 +113,7 @@ def write_reference(
     eos = np.atleast_1d(model.config.eos_token_id)
     facts = f"{directory.name}: logits std {out['logits'].std():.2f}, token margin {token_margin:.1e}, {routing}"
     if routing["margin"] < MIN_ROUTING_MARGIN or token_margin < MIN_TOKEN_MARGIN or np.isin(greedy, eos).any():
-        raise SystemExit(f"{facts}: choose another seed")
+        raise SystemExit(f"{facts}: choose another seed or prompt")
     if not hidden:
         del out["hidden_states"]
     target = target or directory
