@@ -135,10 +135,9 @@ def first_non_finite(params: PyTree, batch: Batch, metrics: Metrics, config: Con
       batch: its batch [A, B, T]. metrics: its result.
       config: the configuration that computed it.
     """
-    for tokens, segment_ids in zip(*batch, strict=True):
-        run = forward.backbone(
-            params, tokens, jnp.asarray(segment_ids), config=config, capture=("resid_pre", "resid_post")
-        )
+    for part in zip(*batch, strict=True):
+        tokens, segment_ids = map(jnp.asarray, part)
+        run = forward.backbone(params, tokens, segment_ids, config=config, capture=("resid_pre", "resid_post"))
         finite = lambda x, real=(segment_ids > 0)[..., None]: bool(jnp.where(real, jnp.isfinite(x), True).all())
         if not finite(run.captured["resid_pre"][0]):
             return "embed (in the forward pass)"
