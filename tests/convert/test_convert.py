@@ -261,9 +261,11 @@ def test_target_filled_meanwhile_is_kept(tmp_path: Path, monkeypatch: pytest.Mon
     assert os.listdir(target) == ["precious"]
 
 
-# Stops in the middle: says so on standard output and waits for the signal.
+# Stops in the middle: says so on standard output and waits for the signal. Where a shell started the tests in the
+# background, children inherit that interrupts are ignored.
 KILLED = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from convert import source
 from nemojax.cli import main
 reads = []
