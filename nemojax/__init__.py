@@ -8,6 +8,7 @@ from nemojax.generate import generate
 from nemojax.layers.moe import Routing
 from nemojax.model import Nemotron, Output, init_params
 from nemojax.presets import preset, preset_names
+from nemojax.sharding import make_mesh, param_shardings
 from nemojax.specs import abstract_params, num_params
 
 __all__ = [
@@ -24,6 +25,9 @@ __all__ = [
     "Routing",
     "init_cache",
     "init_params",
+    # several devices
+    "make_mesh",
+    "param_shardings",
     # checkpoints and text
     "generate",
     "load",

@@ -7,13 +7,16 @@ later calls (speculative decoding rolls back by keeping it).
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from nemojax.config import Config
 from nemojax.errors import InputError
+from nemojax.sharding import Cut
 from nemojax.specs import layer_name
 
 
@@ -59,13 +62,14 @@ class Cache(NamedTuple):
         return self.documents.shape[1]
 
 
-def init_cache(config: Config, batch: int, max_len: int) -> Cache:
+def init_cache(config: Config, batch: int, max_len: int, *, mesh: Mesh | None = None) -> Cache:
     """An empty cache.
 
     Args:
       config: the model's configuration.
       batch: number of rows.
       max_len: slots a row: the most tokens, pads included, that all calls together may bring.
+      mesh: where to make it: each device gets its own slice. Slots are rounded up to divide over the sequence axis.
 
     Raises:
       InputError: `batch` or `max_len` is not positive.
@@ -73,6 +77,15 @@ def init_cache(config: Config, batch: int, max_len: int) -> Cache:
     for name, value in (("batch", batch), ("max_len", max_len)):
         if value < 1:
             raise InputError(f"init_cache: {name} must be at least 1, got {value}")
+    if mesh is None:
+        return _empty(config, batch, max_len)
+    cut = Cut.of(mesh, config, batch, length=1)
+    return jax.jit(_empty, static_argnums=(0, 1, 2), out_shardings=cut.shardings(cache_axes(config)))(
+        config, batch, cut.slots(max_len)
+    )
+
+
+def _empty(config: Config, batch: int, max_len: int) -> Cache:
     layers = {}
     for index, kind in enumerate(config.pattern):
         if kind == "M":
@@ -90,3 +103,22 @@ def init_mamba_state(config: Config, batch: int) -> MambaState:
     width, state = config.mamba_head_dim, config.ssm_state_size
     conv = (batch, config.conv_kernel - 1, groups, heads * width + 2 * state)
     return MambaState(jnp.zeros(conv, config.np_dtype), jnp.zeros((batch, groups, heads, width, state), jnp.float32))
+
+
+# Logical axes of the layers' states.
+MAMBA_AXES = MambaState(
+    PartitionSpec("batch", None, "groups", None), PartitionSpec("batch", "groups", None, None, None)
+)
+ATTENTION_AXES = AttentionState(*[PartitionSpec("batch", "slots", "kv_heads", None)] * 2)
+
+
+def state_axes(config: Config) -> dict[str, Any]:
+    """Logical axes of all states, as a tree like `Cache.layers`."""
+    by_kind = {"M": MAMBA_AXES, "*": ATTENTION_AXES}
+    return {layer_name(i): by_kind[kind] for i, kind in enumerate(config.pattern) if kind in by_kind}
+
+
+def cache_axes(config: Config) -> Cache:
+    """Logical axes of a cache. Its bookkeeping is small, and whole rows of it are looked at."""
+    row = PartitionSpec("batch")
+    return Cache(state_axes(config), row, row, row, row)

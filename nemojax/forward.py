@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from nemojax.cache import Cache
-from nemojax.config import Config
+from nemojax.cache import MAMBA_AXES, Cache, state_axes
+from nemojax.config import LAYER_KINDS, Config
 from nemojax.layers.block import block
 from nemojax.layers.moe import Routing
 from nemojax.layers.mtp import mtp
 from nemojax.layers.norm import rms_norm
 from nemojax.layers.project import dot_rows
 from nemojax.segments import Segments, enter
-from nemojax.specs import layer_name
+from nemojax.sequence import documents_before
+from nemojax.sharding import WHOLE, Cut, Shard
+from nemojax.specs import layer_name, param_axes
+
+# Logical axes of what a call takes and gives.
+ROWS, TOKENS, SLOTS = PartitionSpec("batch"), PartitionSpec("batch", "tokens"), PartitionSpec("batch", "slots")
+HIDDEN = PartitionSpec("batch", "tokens", None)
 
 CAPTURES = ("resid_pre", "resid_post", "mixer_out", "router", "ssm_state")
 
@@ -38,10 +46,18 @@ class Backbone(NamedTuple):
     segments: Segments
 
 
-def embed(params: dict[str, Any], tokens: Int[Array, "B T"], config: Config) -> Float[Array, "B T D"]:
-    """Rows of the embedding; NaN for an id outside the vocabulary, since a traced value cannot raise."""
-    table = params["embed"].astype(config.np_dtype)
-    return table.at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+def embed(table: Float[Array, "V D"], tokens: Int[Array, "B T"], config: Config, shard: Shard = WHOLE) -> Array:
+    """Rows [B, T, D] of the embedding; NaN for an id outside the vocabulary, since a traced value cannot raise.
+
+    Args:
+      table: the embedding, or this shard's part of the vocabulary.
+    """
+    table = table.astype(config.np_dtype)
+    first = 0 if shard.tensor is None else shard.tensor.index() * table.shape[0]
+    x = table.at[tokens - first].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+    if shard.tensor is not None:
+        x = shard.tensor.sum(x)  # exact: one shard has the row
+    return jnp.where(((tokens >= 0) & (tokens < config.vocab_size))[..., None], x, jnp.nan)
 
 
 def backbone(
@@ -54,34 +70,65 @@ def backbone(
     capture: tuple[str, ...] = (),
     implementation: str | None = None,
     remat: bool = False,
+    mesh: Mesh | None = None,
+    dispatch: str | None = None,
 ) -> Backbone:
     """Embedding, all layers, final norm. Rows whose cache has no room for the call come out as NaN.
 
-    With `remat`, the backward pass keeps only the residual stream and computes each layer again.
+    With `remat`, the backward pass keeps only the residual stream and computes each layer again. `mesh` is the one on
+    which the parameters lie; `dispatch` names a strategy of `nemojax.dispatch`.
     """
     segments, cache_out = enter(segment_ids, cache, tokens.shape[1])
     if segment_ids is not None:
         tokens = jnp.where(segment_ids > 0, tokens, 0)  # a pad may carry any id
-    x = embed(params, tokens, config)
+    fits, states = None, None
     if cache is not None:
-        fits = cache.length + tokens.shape[1] <= cache.max_len
-        x = jnp.where(fits[:, None, None], x, jnp.nan)
-    captured: dict[str, list] = {name: [] for name in capture}
-    states = {}
-    for index, kind in enumerate(config.pattern):
-        name = layer_name(index)
-        before = x
-        layer = functools.partial(block, kind=kind, config=config, implementation=implementation)
-        with jax.named_scope(name):
-            x, mixer, state = (jax.checkpoint(layer) if remat else layer)(
-                params[name], x, None if cache is None else cache.layers.get(name), segments=segments
-            )
-        states |= {name: state} if kind in "M*" else {}
-        _record(captured, kind, resid_pre=before, resid_post=x, mixer_out=mixer, state=state)
-    hidden = rms_norm(x, params["norm_f"], config.layer_norm_epsilon)
+        fits, states = cache.length + tokens.shape[1] <= cache.max_len, cache.layers
+    run = functools.partial(_layers, config=config, capture=capture, implementation=implementation, remat=remat)
+    if mesh is None:
+        hidden, states, captured = run(segments, params, tokens, states, fits)
+    else:
+        cut = Cut.of(mesh, config, *tokens.shape)
+        run = functools.partial(run, shard=cut.shard(dispatch))
+        axes = (param_axes(config), TOKENS, states and state_axes(config), None if fits is None else ROWS)
+        outputs = (HIDDEN, states and state_axes(config), _captured_axes(config, capture))
+        run = _on_shards(run, cut, segments, axes, outputs)
+        hidden, states, captured = run(params, tokens, states, fits)
     if cache_out is not None:
         cache_out = cache_out._replace(layers=states)
     return Backbone(hidden, cache_out, captured, segments)
+
+
+def _layers(
+    segments: Segments,
+    params: dict[str, Any],
+    tokens: Int[Array, "B T"],
+    states: dict[str, Any] | None,
+    fits: Bool[Array, "B"] | None,
+    *,
+    config: Config,
+    capture: tuple[str, ...],
+    implementation: str | None,
+    remat: bool,
+    shard: Shard = WHOLE,
+) -> tuple[Array, dict[str, Any] | None, dict[str, list]]:
+    """What one shard computes: hidden, the layers' states (None without a cache), what was captured."""
+    x = embed(params["embed"], tokens, config, shard)
+    if fits is not None:
+        x = jnp.where(fits[:, None, None], x, jnp.nan)
+    captured: dict[str, list] = {name: [] for name in capture}
+    after = {}
+    for index, kind in enumerate(config.pattern):
+        name, before = layer_name(index), x
+        layer = functools.partial(block, kind=kind, config=config, implementation=implementation, shard=shard)
+        with jax.named_scope(name):
+            x, mixer, state = (jax.checkpoint(layer) if remat else layer)(
+                params[name], x, states and states.get(name), segments=segments
+            )
+        after |= {name: state} if kind in "M*" else {}
+        _record(captured, kind, resid_pre=before, resid_post=x, mixer_out=mixer, state=state)
+    hidden = rms_norm(x, params["norm_f"], config.layer_norm_epsilon)
+    return hidden, after if states is not None else None, captured
 
 
 def _record(captured: dict[str, list], kind: str, *, state: Any, **streams: Array) -> None:
@@ -94,9 +141,49 @@ def _record(captured: dict[str, list], kind: str, *, state: Any, **streams: Arra
         captured["ssm_state"].append(state.ssm)
 
 
-def head(params: dict[str, Any], hidden: Float[Array, "B T D"], config: Config) -> Float[Array, "B T V"]:
+def _captured_axes(config: Config, capture: tuple[str, ...]) -> dict[str, list]:
+    """Logical axes of what `_layers` captures."""
+    by_name = {"router": ("E", Routing(HIDDEN, HIDDEN, HIDDEN)), "ssm_state": ("M", MAMBA_AXES.ssm)}
+    every = ("".join(LAYER_KINDS), HIDDEN)
+    found = {name: by_name.get(name, every) for name in capture}
+    return {name: [axes for kind in config.pattern if kind in kinds] for name, (kinds, axes) in found.items()}
+
+
+def _on_shards(run: Callable, cut: Cut, segments: Segments, inputs: tuple, outputs: Any) -> Callable:
+    """`run(segments, *arguments)` on every shard of a cut, as a function of the arguments.
+
+    Args:
+      inputs: logical axes of the arguments. outputs: of the results.
+    """
+    numbers, initial = segments.documents, segments.initial_document
+    if numbers is None and cut.padding:
+        numbers = jnp.ones((cut.batch, cut.length - cut.padding), jnp.int32)
+        initial = jnp.zeros((cut.batch,), jnp.int32)
+    if numbers is not None:
+        initial = documents_before(numbers, initial, cut)
+    segments = Segments(numbers, initial, segments.start, segments.slots)
+    axes = Segments(TOKENS, PartitionSpec("batch", "stretches"), ROWS, SLOTS)
+    axes = Segments(*(None if value is None else axis for value, axis in zip(segments, axes, strict=True)))
+
+    def one(segments, *arguments):
+        if segments.initial_document is not None:
+            segments = segments._replace(initial_document=segments.initial_document[:, 0])
+        return run(segments, *arguments)
+
+    return functools.partial(cut.run(one, (axes, *inputs), outputs), segments)
+
+
+def head(
+    params: dict[str, Any], hidden: Float[Array, "B T D"], config: Config, *, mesh: Mesh | None = None
+) -> Float[Array, "B T V"]:
     """Logits, accumulated and returned in float32."""
-    return head_logits(hidden, params["embed" if config.tie_word_embeddings else "lm_head"])
+    table = params["embed" if config.tie_word_embeddings else "lm_head"]
+    if mesh is None:
+        return head_logits(hidden, table)
+    cut = Cut.of(mesh, config, *hidden.shape[:2], pad=False)
+    return cut.run(head_logits, (HIDDEN, PartitionSpec("vocab", "embed")), PartitionSpec("batch", "tokens", "vocab"))(
+        hidden, table
+    )
 
 
 def head_logits(hidden: Float[Array, "B T D"], table: Float[Array, "V D"]) -> Float[Array, "B T V"]:
@@ -127,6 +214,8 @@ def predict_next(
     *,
     config: Config,
     implementation: str | None = None,
+    mesh: Mesh | None = None,
+    dispatch: str | None = None,
 ) -> NextToken:
     """Runs the multi-token prediction block on the hidden state at t and token t+1.
 
@@ -139,14 +228,23 @@ def predict_next(
     following = jnp.pad(documents[:, 1:], ((0, 0), (0, 1)))
     documents = jnp.where(following == documents, documents, 0)
     next_tokens = jnp.where(documents > 0, jnp.roll(tokens, -1, axis=1), 0)
-    owner = jnp.zeros((tokens.shape[0],), jnp.int32)
+    segments = Segments(documents, jnp.zeros((tokens.shape[0],), jnp.int32))
+    run = functools.partial(_next, config=config, implementation=implementation)
     with jax.named_scope("mtp"):
-        hidden, routings = mtp(
-            params["mtp"],
-            hidden,
-            embed(params, next_tokens, config),
-            config=config,
-            segments=Segments(documents, owner),
-            implementation=implementation,
-        )
-    return NextToken(hidden, documents > 0, routings)
+        if mesh is None:
+            after, routings = run(segments, params["mtp"], params["embed"], next_tokens, hidden)
+        else:
+            cut = Cut.of(mesh, config, *tokens.shape)
+            axes = param_axes(config)
+            inputs = (axes["mtp"], axes["embed"], TOKENS, HIDDEN)
+            outputs = (HIDDEN, [Routing(HIDDEN, HIDDEN, HIDDEN) for kind in config.mtp_pattern if kind == "E"])
+            run = _on_shards(functools.partial(run, shard=cut.shard(dispatch)), cut, segments, inputs, outputs)
+            after, routings = run(params["mtp"], params["embed"], next_tokens, hidden)
+    return NextToken(after, documents > 0, routings)
+
+
+def _next(segments, params, table, next_tokens, hidden, *, config, implementation, shard=WHOLE):
+    """What one shard computes of the multi-token prediction block."""
+    following = embed(table, next_tokens, config, shard)
+    options = {"config": config, "segments": segments, "implementation": implementation, "shard": shard}
+    return mtp(params, hidden, following, **options)

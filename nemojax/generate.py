@@ -133,12 +133,13 @@ def _generate(params, tokens, segment_ids, sampling, *, model, max_new_tokens, s
     choose = functools.partial(_choose, sampling=sampling, greedy=greedy, truncate=truncate)
 
     def run(tokens, segment_ids, cache) -> forward.Backbone:
-        return forward.backbone(params, tokens, segment_ids, cache, config=config, implementation=model.implementation)
+        return forward.backbone(params, tokens, segment_ids, cache, **model.options())
 
+    head = lambda hidden: forward.head(params, hidden, config, mesh=model.mesh)
     with jax.named_scope("prefill"):
-        prompt = run(tokens, segment_ids, init_cache(config, batch, length + max_new_tokens - 1))
+        prompt = run(tokens, segment_ids, init_cache(config, batch, length + max_new_tokens - 1, mesh=model.mesh))
         hidden = _last_real(prompt.hidden, segment_ids)
-        token = choose(forward.head(params, hidden, config)[:, 0], 0)
+        token = choose(head(hidden)[:, 0], 0)
 
     def unfinished(carry):
         step, _, done, _, _ = carry
@@ -147,7 +148,7 @@ def _generate(params, tokens, segment_ids, sampling, *, model, max_new_tokens, s
     def decode(carry: tuple[Array, Array, Array, Array, Cache]):
         step, token, done, out, cache = carry
         after = run(token[:, None], None, cache)
-        token = choose(forward.head(params, after.hidden, config)[:, 0], step)
+        token = choose(head(after.hidden)[:, 0], step)
         token = jnp.where(done, pad, token)
         return step + 1, token, done | is_stop(token), out.at[:, step].set(token), after.cache
 

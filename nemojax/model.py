@@ -8,12 +8,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from nemojax import checks, forward
 from nemojax.cache import Cache
 from nemojax.config import Config
 from nemojax.layers.shell import declare
+from nemojax.sharding import param_shardings
 from nemojax.specs import model_specs
 
 
@@ -45,10 +47,14 @@ class Nemotron(nn.Module):
     Attributes:
       config: the model's configuration.
       implementation: of every kernel; None for the default of each.
+      mesh: the mesh on which the parameters lie (`nemojax.make_mesh`), or None for one device.
+      dispatch: strategy for experts on several devices, `"ring"` or `"all_to_all"`; None for the rule.
     """
 
     config: Config
     implementation: str | None = None
+    mesh: Mesh | None = None
+    dispatch: str | None = None
 
     @nn.compact
     def __call__(
@@ -79,30 +85,31 @@ class Nemotron(nn.Module):
         params = declare(self, model_specs(self.config))
         if self.is_initializing():
             return Output(jnp.zeros((*tokens.shape, self.config.vocab_size)))  # only the parameters are wanted
-        run = forward.backbone(
-            params,
-            tokens,
-            segment_ids,
-            cache,
-            config=self.config,
-            capture=tuple(capture),
-            implementation=self.implementation,
-        )
+        run = forward.backbone(params, tokens, segment_ids, cache, capture=tuple(capture), **self.options())
         predicted = None
         if mtp:
-            after = forward.predict_next(
-                params,
-                tokens,
-                run.hidden,
-                run.segments,
-                config=self.config,
-                implementation=self.implementation,
-            )
-            predicted = forward.head(params, after.hidden, self.config)
-        logits = forward.head(params, run.hidden, self.config)
+            after = forward.predict_next(params, tokens, run.hidden, run.segments, **self.options())
+            predicted = forward.head(params, after.hidden, self.config, mesh=self.mesh)
+        logits = forward.head(params, run.hidden, self.config, mesh=self.mesh)
         return Output(logits, run.cache, predicted, run.captured if capture else None)
 
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of the functions in `nemojax.forward`."""
+        return {
+            "config": self.config,
+            "implementation": self.implementation,
+            "mesh": self.mesh,
+            "dispatch": self.dispatch,
+        }
 
-def init_params(config: Config, key: jax.Array) -> dict[str, Any]:
-    """Fresh parameters: what `Nemotron(config).init` makes, which does not depend on the tokens."""
-    return Nemotron(config).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+
+def init_params(config: Config, key: jax.Array, *, mesh: Mesh | None = None) -> dict[str, Any]:
+    """Fresh parameters: what `Nemotron(config).init` makes, which does not depend on the tokens.
+
+    With `mesh`, each device makes its own slice of them.
+
+    Raises:
+      InputError: a parameter does not divide over the mesh.
+    """
+    init = lambda key: Nemotron(config).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+    return init(key) if mesh is None else jax.jit(init, out_shardings=param_shardings(config, mesh))(key)

@@ -26,6 +26,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from nemojax.config import Config
 
@@ -158,8 +159,8 @@ def moe_specs(config: Config) -> Specs:
         **_mlp(c.moe_shared_expert_intermediate_size, c.hidden_size, ("mlp", "embed"), c, "shared_"),
     }
     if c.moe_latent_size is not None:
-        specs["latent_in_proj"] = ParamSpec((latent, c.hidden_size), (None, "embed"), dtype, init)
-        specs["latent_out_proj"] = ParamSpec((c.hidden_size, latent), ("embed", None), dtype, init)
+        specs["latent_in_proj"] = ParamSpec((latent, c.hidden_size), ("latent", "embed"), dtype, init)
+        specs["latent_out_proj"] = ParamSpec((c.hidden_size, latent), ("embed", "latent"), dtype, init)
     return specs
 
 
@@ -250,6 +251,11 @@ def map_specs(function: Callable[[ParamSpec], Any], specs: Specs) -> dict[str, A
 def abstract_params(config: Config) -> dict[str, Any]:
     """The parameter tree as `jax.ShapeDtypeStruct`: full size, no memory."""
     return map_specs(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), model_specs(config))
+
+
+def param_axes(config: Config) -> dict[str, Any]:
+    """Logical axes of every parameter, as `PartitionSpec`."""
+    return map_specs(lambda s: PartitionSpec(*s.axes), model_specs(config))
 
 
 def num_params(config: Config) -> int:

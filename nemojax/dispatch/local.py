@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -10,6 +13,9 @@ from pallas_kernels.expert_mlp import expert_mlp, token_mlp
 
 # Up to this many (row, expert) pairs, sorting costs more than reading an expert twice.
 FEW_PAIRS = 32
+# A shard's buffer of pairs has room for this many times their mean number, and for so many at least.
+ROOM = 1.5
+SMALLEST_BUFFER = 16
 
 
 def dispatch(
@@ -23,16 +29,72 @@ def dispatch(
 ) -> Float[Array, "R L"]:
     """See `nemojax.dispatch`."""
     rows, chosen = ids.shape
-    if rows * chosen <= FEW_PAIRS:
+    if ids.size <= FEW_PAIRS:
         return token_mlp(x, up, down, ids, weights, implementation=implementation)
     with jax.named_scope("sort"):
         order = jnp.argsort(ids.reshape(-1), stable=True)
-        group_sizes = jnp.bincount(ids.reshape(-1), length=up.shape[0])
-        x = x.at[order // chosen].get(mode="promise_in_bounds")
-        weights = weights.reshape(-1).at[order].get(mode="promise_in_bounds")
-    y = expert_mlp(x, up, down, weights, group_sizes, implementation=implementation)
+        sizes = jnp.bincount(ids.reshape(-1), length=up.shape[0])
+    y = expert_mlp(*_sorted(x, weights, order, up, down), sizes, implementation=implementation)
     with jax.named_scope("unsort"):
-        place = jnp.zeros_like(order).at[order].set(jnp.arange(rows * chosen), unique_indices=True)
+        place = _inverse(order).reshape(rows, chosen)
         # One gather a choice, which fuse into one pass; a gather of all and a sum would be three.
-        place = place.reshape(rows, chosen)
-        return sum(y.at[place[:, k]].get(mode="promise_in_bounds") for k in range(chosen))
+        return sum(_take(y, place[:, k]) for k in range(chosen))
+
+
+def contribution(
+    x: Float[Array, "R L"],
+    ids: Int[Array, "R K"],
+    weights: Float[Array, "R K"],
+    up: Float[Array, "E F L"],
+    down: Float[Array, "E F L"],
+    *,
+    first: Any,
+    mean_pairs: float,
+    implementation: str | None = None,
+) -> Float[Array, "R L"]:
+    """What experts `first` to `first + E` add to each row; ids outside are the business of other shards.
+
+    The (row, expert) pairs of these experts are computed through a buffer with room for somewhat more than
+    `mean_pairs`, their number when routing is even, in as many rounds as they need.
+    """
+    rows, chosen = ids.shape
+    experts = up.shape[0]
+    most = rows * min(chosen, experts)
+    buffer = min(most, max(SMALLEST_BUFFER, math.ceil(ROOM * mean_pairs)))
+    rounds = -(-most // buffer)
+    with jax.named_scope("sort"):
+        own = ids.reshape(-1) - first
+        own = jnp.where((own >= 0) & (own < experts), own, experts)
+        order = jnp.argsort(own, stable=True)
+        ends = jnp.cumsum(jnp.bincount(own, length=experts + 1)[:experts])
+        place = jnp.where(own < experts, _inverse(order), -1).reshape(rows, chosen)
+        order = jnp.pad(order, (0, max(0, rounds * buffer - order.size)))
+
+    def compute(start):
+        pairs = jax.lax.dynamic_slice_in_dim(order, start, buffer)
+        sizes = jnp.diff(jnp.clip(ends - start, 0, buffer), prepend=0)
+        y = expert_mlp(*_sorted(x, weights, pairs, up, down), sizes, implementation=implementation)
+        at = place - start
+        here = (place >= 0) & (at >= 0) & (at < buffer)
+        at = jnp.where(here, at, 0)
+        return sum(jnp.where(here[:, k, None], _take(y, at[:, k]), 0) for k in range(chosen))
+
+    def one(y, start):
+        return jax.lax.cond(start < ends[-1], lambda: y + compute(start), lambda: y), None
+
+    if rounds == 1:
+        return compute(0)
+    return jax.lax.scan(jax.checkpoint(one), jnp.zeros((rows, x.shape[1])), jnp.arange(rounds) * buffer)[0]
+
+
+def _sorted(x, weights, pairs, up, down):
+    """Arguments of `expert_mlp` for (row, expert) pairs by number."""
+    return _take(x, pairs // weights.shape[1]), up, down, _take(weights.reshape(-1), pairs)
+
+
+def _take(array, at):
+    return array.at[at].get(mode="promise_in_bounds")
+
+
+def _inverse(order):
+    return jnp.zeros_like(order).at[order].set(jnp.arange(order.size), unique_indices=True)

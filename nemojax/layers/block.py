@@ -14,6 +14,7 @@ from nemojax.layers.mlp import mlp
 from nemojax.layers.moe import moe
 from nemojax.layers.norm import rms_norm
 from nemojax.segments import ALONE, Segments
+from nemojax.sharding import WHOLE, Shard
 
 MIXERS = {"M": mamba2, "*": attention, "E": moe, "-": mlp}
 
@@ -41,11 +42,18 @@ def block(
     config: Config,
     segments: Segments = ALONE,
     implementation: str | None = None,
+    shard: Shard = WHOLE,
 ) -> BlockOutput:
     """Runs the layer of letter `kind`. See the mixers for the arguments."""
     normed = rms_norm(x, params["norm"], config.layer_norm_epsilon)
     with jax.named_scope(MIXERS[kind].__name__):
         y, state = MIXERS[kind](
-            params["mixer"], normed, state, config=config, segments=segments, implementation=implementation
+            params["mixer"],
+            normed,
+            state,
+            config=config,
+            segments=segments,
+            implementation=implementation,
+            shard=shard,
         )
     return BlockOutput(x + y, y, state)

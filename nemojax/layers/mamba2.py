@@ -11,15 +11,17 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float
 
-from nemojax.cache import MambaState, init_mamba_state
+from nemojax import sequence
+from nemojax.cache import MambaState
 from nemojax.config import Config
 from nemojax.layers.norm import gated_rms_norm
 from nemojax.layers.project import project, project_back
 from nemojax.layers.shell import declare
 from nemojax.segments import ALONE, Segments
+from nemojax.sharding import WHOLE, Shard
 from nemojax.specs import mamba2_specs
 from pallas_kernels.causal_conv1d import causal_conv1d
-from pallas_kernels.ssd import ssd
+from pallas_kernels.ssd import ssd, step_size
 
 _LOOP_FROM_TOKENS = 64
 
@@ -32,6 +34,7 @@ def mamba2(
     config: Config,
     segments: Segments = ALONE,
     implementation: str | None = None,
+    shard: Shard = WHOLE,
 ) -> tuple[Float[Array, "B T D"], MambaState]:
     """Projection, causal convolution, state-space scan, gated norm, projection.
 
@@ -42,6 +45,7 @@ def mamba2(
       config: the model's configuration.
       segments: documents and padding.
       implementation: of the kernels; None for the default.
+      shard: which groups and tokens these are.
 
     Returns:
       The output (unspecified at pads) and the state after the last token.
@@ -52,7 +56,8 @@ def mamba2(
         projected = project(x, params["in_proj"])
         z, xBC, dt = jnp.split(projected, [inner, 2 * inner + 2 * config.ssm_state_size], axis=-1)
     with jax.named_scope("conv"):
-        xBC, conv_state = causal_conv1d(
+        convolve = functools.partial(sequence.convolve, shard.sequence) if shard.tokens_split else causal_conv1d
+        xBC, conv_state = convolve(
             xBC,
             params["conv_weight"],
             params.get("conv_bias"),
@@ -66,14 +71,27 @@ def mamba2(
             "D": params["D"].astype(jnp.float32),
             "dt_bias": params["dt_bias"],
         }
-        before = init_mamba_state(config, x.shape[0]).ssm if state is None else state.ssm
+        before = _no_state(dt, config) if state is None else state.ssm
         scan = functools.partial(_scan, config=config, implementation=implementation, **carried)
-        y, ssm_state = _group_by_group_on_cpu(scan, xBC, dt, vectors, before)
+        scan = functools.partial(_group_by_group_on_cpu, scan, xBC, dt, vectors)
+        if shard.tokens_split:
+            C = xBC[..., -config.ssm_state_size :]
+            steps = step_size(dt, params["dt_bias"], config.time_step_limit)
+            y, ssm_state = sequence.scan_states(
+                shard.sequence, scan, before, dt=steps, A=vectors["A"], C=C, segments=segments
+            )
+        else:
+            y, ssm_state = scan(before)
     with jax.named_scope("gated_norm"):
         y = gated_rms_norm(y, z, params["norm"], config.layer_norm_epsilon)
     with jax.named_scope("out_proj"):
-        y = project_back(y, params["out_proj"])
-    return y, MambaState(conv_state, ssm_state)
+        y = project_back(y, params["out_proj"], shard.part_dtype(x.dtype))
+    return shard.sum_parts(y, x.dtype), MambaState(conv_state, ssm_state)
+
+
+def _no_state(dt, config):
+    batch, _, groups, heads = dt.shape
+    return jnp.zeros((batch, groups, heads, config.mamba_head_dim, config.ssm_state_size), jnp.float32)
 
 
 def _scan(xBC, dt, vectors, state, *, config, **options):

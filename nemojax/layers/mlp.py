@@ -13,12 +13,15 @@ from nemojax.config import Config
 from nemojax.layers.project import dot_columns, dot_rows
 from nemojax.layers.shell import declare
 from nemojax.segments import ALONE, Segments
+from nemojax.sharding import WHOLE, Shard
 from nemojax.specs import mlp_specs
 
 
-def relu2_mlp(x: Float[Array, "B T D"], up: Float[Array, "F D"], down: Float[Array, "F D"]) -> Float[Array, "B T D"]:
-    """`relu(x up^T)^2 down` (squared ReLU, arXiv 2109.08668)."""
-    return dot_columns(jnp.square(jax.nn.relu(dot_rows(x, up))), down)
+def relu2_mlp(
+    x: Float[Array, "B T D"], up: Float[Array, "F D"], down: Float[Array, "F D"], dtype: Any = None
+) -> Float[Array, "B T D"]:
+    """`relu(x up^T)^2 down` in `dtype`, default that of `x` (squared ReLU, arXiv 2109.08668)."""
+    return dot_columns(jnp.square(jax.nn.relu(dot_rows(x, up))), down, dtype)
 
 
 def mlp(
@@ -29,10 +32,12 @@ def mlp(
     config: Config,
     segments: Segments = ALONE,
     implementation: str | None = None,
+    shard: Shard = WHOLE,
 ) -> tuple[Float[Array, "B T D"], None]:
     """The `-` layer; see `relu2_mlp`. It has no sequence state, and every token is computed alone."""
     del state, config, segments, implementation
-    return relu2_mlp(x, params["up_proj"], params["down_proj"]), None
+    y = relu2_mlp(x, params["up_proj"], params["down_proj"], shard.part_dtype(x.dtype))
+    return shard.sum_parts(y, x.dtype), None
 
 
 class MLP(nn.Module):

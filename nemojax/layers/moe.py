@@ -11,10 +11,11 @@ from einops import rearrange
 from jaxtyping import Array, Float, Int
 
 from nemojax.config import Config
-from nemojax.dispatch import local
+from nemojax.dispatch import dispatch
 from nemojax.layers.mlp import relu2_mlp
 from nemojax.layers.shell import declare
 from nemojax.segments import ALONE, Segments
+from nemojax.sharding import WHOLE, Shard
 from nemojax.specs import moe_specs
 
 
@@ -66,6 +67,7 @@ def moe(
     config: Config,
     segments: Segments = ALONE,
     implementation: str | None = None,
+    shard: Shard = WHOLE,
 ) -> tuple[Float[Array, "B T D"], Routing]:
     """`latent_out(sum_k w_k expert_k(latent_in(x))) + shared(x)`; router and shared expert see the full width.
 
@@ -78,6 +80,7 @@ def moe(
       config: the model's configuration.
       segments: not used.
       implementation: of the expert kernel; None for the default.
+      shard: which experts, hidden units and rows these are.
     """
     del state, segments
     with jax.named_scope("router"):
@@ -86,19 +89,31 @@ def moe(
         u = x
         if config.moe_latent_size is not None:
             u = jnp.einsum("btd,ld->btl", x, params["latent_in_proj"])
-        y = local.dispatch(
+            u = u if shard.tensor is None else shard.tensor.gather(u, 2)
+        y = dispatch(
             rearrange(u, "b t l -> (b t) l"),
             rearrange(routing.ids, "b t k -> (b t) k"),
             rearrange(routing.weights, "b t k -> (b t) k"),
             params["experts_up_proj"],
             params["experts_down_proj"],
+            shard=shard,
             implementation=implementation,
-        )
-        y = y.astype(x.dtype).reshape(u.shape)
-        if config.moe_latent_size is not None:
-            y = jnp.einsum("btl,dl->btd", y, params["latent_out_proj"])
+        ).reshape(u.shape)
+        y = _from_experts(params, y, x.dtype, config, shard)
     with jax.named_scope("shared_expert"):
-        return y + relu2_mlp(x, params["shared_up_proj"], params["shared_down_proj"]), routing
+        part = shard.part_dtype(x.dtype)
+        y = y + relu2_mlp(x, params["shared_up_proj"], params["shared_down_proj"], part)
+        return shard.sum_parts(y, x.dtype), routing
+
+
+def _from_experts(params, y, dtype, config, shard):
+    """The routed experts' sum as a part of the layer's output."""
+    part = shard.part_dtype(dtype)
+    if config.moe_latent_size is None:
+        return y.astype(part)
+    if shard.tensor is not None:
+        y = shard.tensor.sum_and_split(y, 2)  # parts of every latent channel -> all of a part of the channels
+    return jnp.einsum("btl,dl->btd", y.astype(dtype), params["latent_out_proj"], preferred_element_type=part)
 
 
 class MoE(nn.Module):

@@ -15,6 +15,7 @@ from nemojax.layers.moe import Routing
 from nemojax.layers.norm import rms_norm
 from nemojax.layers.shell import declare
 from nemojax.segments import ALONE, Segments
+from nemojax.sharding import WHOLE, Shard
 from nemojax.specs import layer_name, mtp_specs
 
 
@@ -26,6 +27,7 @@ def mtp(
     config: Config,
     segments: Segments = ALONE,
     implementation: str | None = None,
+    shard: Shard = WHOLE,
 ) -> tuple[Float[Array, "B T D"], list[Routing]]:
     """Hidden state from which the shared head predicts token t+2 (arXiv 2512.20856; Megatron-LM's layer order).
 
@@ -36,6 +38,7 @@ def mtp(
       config: the model's configuration.
       segments: documents and padding; the last token of a document has no next one and should be a pad here.
       implementation: of the kernels; None for the default.
+      shard: which heads, rows and tokens these are.
 
     Returns:
       The hidden state, and the routing of each expert layer of the block.
@@ -48,7 +51,15 @@ def mtp(
     for index, kind in enumerate(config.mtp_pattern):
         name = layer_name(index)
         with jax.named_scope(name):
-            out = block(params[name], x, kind=kind, config=config, segments=segments, implementation=implementation)
+            out = block(
+                params[name],
+                x,
+                kind=kind,
+                config=config,
+                segments=segments,
+                implementation=implementation,
+                shard=shard,
+            )
         x = out.x
         routings += [out.state] if kind == "E" else []
     return rms_norm(x, params["final_layernorm"], eps), routings

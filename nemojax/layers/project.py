@@ -22,9 +22,9 @@ def dot_rows(x: Float[Array, "B T D"], weight: Float[Array, "O D"], dtype: Any =
     return _dot("btd,od->bto", x, weight, matvec.rows_dot, dtype)
 
 
-def dot_columns(h: Float[Array, "B T F"], weight: Float[Array, "F D"]) -> Float[Array, "B T D"]:
-    """`y[b, t, d] = sum_f h[b, t, f] weight[f, d]`."""
-    return _dot("btf,fd->btd", h, weight, lambda stack, index, h: matvec.columns_dot(stack, index, h[None]))
+def dot_columns(h: Float[Array, "B T F"], weight: Float[Array, "F D"], dtype: Any = None) -> Float[Array, "B T D"]:
+    """`y[b, t, d] = sum_f h[b, t, f] weight[f, d]` in `dtype`, default that of `h`."""
+    return _dot("btf,fd->btd", h, weight, lambda stack, index, h: matvec.columns_dot(stack, index, h[None]), dtype)
 
 
 def _dot(einsum: str, x: Array, weight: Array, stream: Callable, dtype: Any = None) -> Array:
@@ -43,6 +43,6 @@ def project(x: Float[Array, "B T D"], weight: Float[Array, "H P D"]) -> Float[Ar
     return rearrange(flat, "b t (h p) -> b t h p", h=weight.shape[0])
 
 
-def project_back(y: Float[Array, "B T H P"], weight: Float[Array, "D H P"]) -> Float[Array, "B T D"]:
-    """`x[b, t, d] = sum_{h, p} y[b, t, h, p] weight[d, h, p]`."""
-    return dot_rows(rearrange(y, "b t h p -> b t (h p)"), rearrange(weight, "d h p -> d (h p)"))
+def project_back(y: Float[Array, "B T H P"], weight: Float[Array, "D H P"], dtype: Any = None) -> Float[Array, "B T D"]:
+    """`x[b, t, d] = sum_{h, p} y[b, t, h, p] weight[d, h, p]` in `dtype`, default that of `y`."""
+    return dot_rows(rearrange(y, "b t h p -> b t (h p)"), rearrange(weight, "d h p -> d (h p)"), dtype)

@@ -42,6 +42,12 @@ def _shift(array, age):
     return jnp.pad(array[:, :-age], [(0, 0), (age, 0)] + [(0, 0)] * (array.ndim - 2))
 
 
+def last_inputs(x, history, documents=None, initial_document=None):
+    """The last `history` inputs [B, history, G, C] of the document that is open at the end, zeros where it has none."""
+    lead, end = _extent(x, documents)
+    return _final(x, history, None, lead, end, documents, initial_document)
+
+
 def _extent(x, documents):
     """First real token of each row and one past the last; both the length where there is none."""
     batch, length = x.shape[:2]

@@ -28,8 +28,9 @@ def flash_attention(
 
     Args:
       q: queries.
-      k: keys; S >= start + T, later slots are not read. v: values.
-      start: position of the first query of each row; default 0.
+      k: keys. v: values.
+      start: position of the first query of each row; default 0. Negative or beyond S where the keys are a stretch of a
+        longer sequence.
       documents: see `pallas_kernels.documents`. key_documents: the same of the keys; give both or neither.
       implementation: `"xla"`, `"reference"`, or None for the default.
 
@@ -39,11 +40,9 @@ def flash_attention(
     Raises:
       ValueError: shapes that do not belong together.
     """
-    (batch, length, heads, width), (_, size, groups, _) = q.shape, k.shape
+    (batch, _, heads, width), groups = q.shape, k.shape[2]
     if k.shape != v.shape or k.shape[0] != batch or k.shape[3] != width or heads % groups:
         raise ValueError(f"flash_attention: q {q.shape}, k {k.shape} and v {v.shape} do not fit together")
-    if size < length:
-        raise ValueError(f"flash_attention: {length} queries but only {size} keys")
     if (documents is None) != (key_documents is None):
         raise ValueError("flash_attention: give both documents and key_documents, or neither")
     if start is None:
