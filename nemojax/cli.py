@@ -13,7 +13,7 @@ from nemojax.errors import InputError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code: 0 done, 1 checkpoints differ, 2 the input is wrong."""
+    """Runs the command; returns the exit code: 0 done, 1 checkpoints differ or a model does not fit, 2 bad input."""
     args = _parser().parse_args(argv)
     try:
         return args.run(args)
@@ -38,6 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     convert_cli.register(commands)
     _register_generate(commands)
+    _register_plan(commands)
     return parser
 
 
@@ -76,6 +77,44 @@ def _generate(args: argparse.Namespace) -> int:
     )
     print(args.prompt + tokenizer.decode([int(i) for i in new[0]]))
     return 0
+
+
+def _register_plan(commands: argparse._SubParsersAction) -> None:
+    text = "bytes per device of a model, compiled for GPUs that need not be there; exit code 0: it fits, 1: it does not"
+    plan = commands.add_parser("plan", help="will a model fit on a GPU?", description=text)
+    plan.add_argument("model", metavar="PRESET_OR_PATH", help="preset name, checkpoint directory, or config.json")
+    plan.add_argument("--mesh", help='devices, for example "expert=8" (default: one)')
+    plan.add_argument("--context", type=int, default=8192, help="tokens a row can hold (default: %(default)s)")
+    plan.add_argument("--batch", type=int, default=1, help="rows (default: %(default)s)")
+    plan.add_argument("--device", default="h100", help="h100 (default) or h200")
+    plan.add_argument("--piece", type=int, default=8192, help="tokens of a prefill call (default: %(default)s)")
+    plan.add_argument("--estimate-only", action="store_true", help="arithmetic only, compile nothing")
+    plan.set_defaults(run=_plan)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # nothing runs, and the CUDA backend refuses to start without a driver
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"  # the compiler's remarks on kernels that need a GPU to be tuned
+    from nemojax.config import Config
+    from nemojax.plan import plan
+    from nemojax.presets import preset
+
+    config = Config.from_hf(args.model) if os.path.exists(args.model) else preset(args.model)
+    done = plan(
+        config,
+        context=args.context,
+        batch=args.batch,
+        mesh=args.mesh,
+        device=args.device,
+        piece=args.piece,
+        estimate_only=args.estimate_only,
+    )
+    if done.missing:
+        print(f"{done.missing}; the estimate only:", file=sys.stderr)
+    print("\n".join([args.model, *done.lines()]))
+    return 0 if done.fits else 1
 
 
 def _silence_libraries() -> None:

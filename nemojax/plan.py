@@ -1,0 +1,266 @@
+"""Will a model fit? Its forward pass, compiled at full size for GPUs that need not be there."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from nemojax import forward
+from nemojax.cache import init_cache
+from nemojax.collectives import Collective, collectives
+from nemojax.config import Config
+from nemojax.errors import InputError
+from nemojax.gpu_targets import CompilerMissing, Gpu, abstract_devices, gpu
+from nemojax.specs import abstract_params
+
+# What a process holds on a device outside XLA's buffers: CUDA context, loaded kernels, library workspaces.
+RESERVE = 1_000_000_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One compiled program; bytes are per device.
+
+    Attributes:
+      name: `prefill piece` or `decode step`.
+      tokens: of each row in one call.
+      argument_bytes: weights, cache and tokens.
+      temp_bytes: what XLA allocates for the time of the call.
+      peak_bytes: arguments, temporaries, and the outputs that do not take an argument's place (the cache does).
+      collectives: by kind.
+      seconds: to trace and compile.
+    """
+
+    name: str
+    tokens: int
+    argument_bytes: int
+    temp_bytes: int
+    peak_bytes: int
+    collectives: tuple[Collective, ...]
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a model needs per device.
+
+    Attributes:
+      target: kind of GPU. devices: their number. mesh: how they are arranged, None for a single one.
+      context: slots of the cache. batch: rows. piece: tokens of a row that one prefill call takes.
+      weight_bytes: multi-token prediction included. cache_bytes: of all layers.
+      estimated_temp_bytes: of a prefill call, by the rule in `_estimated_temp`.
+      programs: empty where only the estimate was made.
+      missing: why nothing was compiled, or None.
+    """
+
+    target: Gpu
+    devices: int
+    mesh: str | None
+    context: int
+    batch: int
+    piece: int
+    weight_bytes: int
+    cache_bytes: int
+    estimated_temp_bytes: int
+    programs: tuple[Program, ...] = ()
+    missing: str | None = None
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that any program needs; the estimate where none was compiled."""
+        estimate = self.weight_bytes + self.cache_bytes + self.estimated_temp_bytes
+        return max((program.peak_bytes for program in self.programs), default=estimate)
+
+    @property
+    def free_bytes(self) -> int:
+        """Memory that is left beside the peak and `RESERVE`; negative if that much is missing."""
+        return self.target.memory - RESERVE - self.peak_bytes
+
+    @property
+    def fits(self) -> bool:
+        """Whether the model runs on these devices."""
+        return self.free_bytes >= 0
+
+    def lines(self) -> list[str]:
+        """The plan as text."""
+        where = f"{self.devices} x {self.target.kind}" + (f", mesh {self.mesh}" if self.mesh else "")
+        lines = [where, f"context {self.context:,}, batch {self.batch}, prefill in pieces of {self.piece:,}"]
+        lines += ["", "per device", _amount("weights", self.weight_bytes), _amount("cache", self.cache_bytes)]
+        if not self.programs:
+            lines.append(_amount("temporaries", self.estimated_temp_bytes) + "  (rule of thumb)")
+        for program in self.programs:
+            lines += ["", *_program_lines(program, self.batch)]
+        return [*lines, "", *self._verdict()]
+
+    def _verdict(self) -> list[str]:
+        needed = f"{_gb(self.peak_bytes)} and {_gb(RESERVE)} for CUDA itself, of {_gb(self.target.memory)}"
+        how = "peak" if self.programs else "estimated peak"
+        if not self.fits:
+            return [f"does not fit: {how} {needed}: {_gb(-self.free_bytes)} too much"]
+        fraction = math.ceil(100 * self.peak_bytes / self.target.memory) / 100 + 0.01
+        hint = f"JAX takes 75% of a GPU by default: set XLA_PYTHON_CLIENT_MEM_FRACTION={fraction:.2f}"
+        return [f"fits: {how} {needed}: {_gb(self.free_bytes)} left", *([hint] if fraction > 0.75 else [])]
+
+
+def plan(
+    config: Config,
+    *,
+    context: int,
+    batch: int,
+    mesh: str | None = None,
+    device: str = "h100",
+    piece: int = 8192,
+    estimate_only: bool = False,
+) -> Plan:
+    """Bytes per device of a model, from its compiled prefill and decode programs.
+
+    The programs are those of a served model: a piece of the prompt into a donated cache with the logits of its last
+    token, and one more token. On a machine without a GPU, see `gpu_targets.abstract_devices`.
+
+    Args:
+      config: the model's configuration.
+      context: slots of the cache, prompt and answer together.
+      batch: rows of the whole mesh.
+      mesh: as for `make_mesh`; None for one device.
+      device: kind of GPU, a key of `gpu_targets.GPUS`.
+      piece: tokens of a row that one prefill call takes.
+      estimate_only: compile nothing.
+
+    Raises:
+      InputError: a number is not positive, or the mesh or the device is unknown.
+    """
+    for name, value in (("context", context), ("batch", batch), ("piece", piece)):
+        if value < 1:
+            raise InputError(f"plan: {name} must be at least 1, got {value}")
+    target, piece = gpu(device), min(piece, context)
+    sizes = _mesh_sizes(mesh)
+    count = math.prod(sizes.values())
+    missing, devices = None, None
+    if not estimate_only:
+        try:
+            devices = abstract_devices(target, count)
+        except CompilerMissing as error:
+            missing = str(error)
+    params, cache, tokens = _abstract(config, batch, context, mesh, devices)
+    done = Plan(
+        target,
+        count,
+        mesh,
+        context,
+        batch,
+        piece,
+        _device_bytes(params),
+        _device_bytes(cache),
+        _estimated_temp(config, batch * piece, sizes),
+        missing=missing,
+    )
+    if devices is None:
+        return done
+    compile_step = functools.partial(_compile, config, params, cache)
+    programs = compile_step("prefill piece", tokens(piece)), compile_step("decode step", tokens(1))
+    return dataclasses.replace(done, programs=programs)
+
+
+# ---------------------------------------------------------------- the mesh: all that knows how arrays are laid out
+
+
+def _mesh_sizes(mesh: str | None) -> dict[str, int]:
+    """Devices along each axis."""
+    if mesh is not None:
+        raise InputError(f"mesh: {mesh!r}: models on several devices cannot be planned yet; leave the mesh out")
+    return dict.fromkeys(("data", "expert", "tensor", "sequence"), 1)
+
+
+def _abstract(config: Config, batch: int, context: int, mesh: str | None, devices: list[Any] | None):
+    """Parameters, cache and a function that makes tokens [B, T] of a given T: shapes, placed on the devices if any."""
+    place = lambda tree: tree
+    if devices is not None:
+        sizes = _mesh_sizes(mesh)
+        sharding = NamedSharding(Mesh(np.array(devices).reshape(*sizes.values()), tuple(sizes)), PartitionSpec())
+        place = lambda tree: jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree)
+    cache = jax.eval_shape(lambda: init_cache(config, batch, context))
+    tokens = lambda length: place(jax.ShapeDtypeStruct((batch, length), jnp.int32))
+    return place(abstract_params(config)), place(cache), tokens
+
+
+def _device_bytes(tree: Any) -> int:
+    shard = lambda a: a.shape if a.sharding is None else a.sharding.shard_shape(a.shape)
+    return sum(math.prod(shard(a)) * a.dtype.itemsize for a in jax.tree.leaves(tree))
+
+
+# ------------------------------------------------------------------------------------------------------ programs
+
+
+def _step(params, tokens, cache, *, config):
+    run = forward.backbone(params, tokens, None, cache, config=config)
+    return forward.head(params, run.hidden[:, -1:], config), run.cache
+
+
+def _compile(config: Config, params: Any, cache: Any, name: str, tokens: jax.ShapeDtypeStruct) -> Program:
+    # Weights that a call does not read (multi-token prediction) are on the device all the same: keep_unused.
+    step = jax.jit(functools.partial(_step, config=config), donate_argnums=2, keep_unused=True)
+    began = time.perf_counter()
+    with jax.set_mesh(tokens.sharding.mesh):  # a kernel reads the kind of GPU from it
+        compiled = step.trace(params, tokens, cache).lower(lowering_platforms=("cuda",)).compile()
+    seconds = time.perf_counter() - began
+    memory = compiled.memory_analysis()
+    new = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return Program(
+        name,
+        tokens.shape[1],
+        memory.argument_size_in_bytes,
+        memory.temp_size_in_bytes,
+        # Not `peak_memory_in_bytes`: temporaries are allocated as one block, gaps between live arrays included.
+        memory.argument_size_in_bytes + new + memory.temp_size_in_bytes,
+        tuple(collectives(compiled.as_text())),
+        seconds,
+    )
+
+
+def _estimated_temp(config: Config, tokens: int, sizes: dict[str, int]) -> int:
+    """Temporaries of a call by a rule of thumb: three times the widest layer, and an output of every layer.
+
+    A layer's width is what its largest arrays have for one token, in bytes: rows in and out of all chosen experts, the
+    input projection and float32 scan of Mamba-2, float32 attention output, hidden units of an MLP.
+    """
+    c, item = config, config.np_dtype.itemsize
+    widths = {
+        "M": c.mamba_inner * (2 * item + 4) + 2 * c.n_groups * c.ssm_state_size * item,
+        "*": c.num_attention_heads * c.head_dim * (item + 4),
+        "E": c.num_experts_per_tok * c.expert_width * (item + 4),
+        "-": c.intermediate_size * item,
+    }
+    own = -(-tokens // (sizes["data"] * sizes["expert"] * sizes["sequence"]))
+    return own * (3 * max(widths[kind] for kind in c.pattern) + c.num_layers * c.hidden_size * item)
+
+
+# ---------------------------------------------------------------------------------------------------------- text
+
+
+def _gb(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB"
+
+
+def _amount(name: str, nbytes: int) -> str:
+    return f"  {name:<12}{_gb(nbytes):>12}"
+
+
+def _program_lines(program: Program, batch: int) -> list[str]:
+    lines = [
+        f"{program.name}, {batch} x {program.tokens:,} tokens (compiled in {program.seconds:.0f} s)",
+        _amount("arguments", program.argument_bytes),
+        _amount("temporaries", program.temp_bytes),
+        _amount("peak", program.peak_bytes),
+    ]
+    for c in program.collectives:
+        loops = f", {c.in_loops} in loops, counted once" if c.in_loops else ""
+        lines.append(f"  {c.count} {c.kind}: {c.nbytes / 1e6:,.1f} MB sent{loops}")
+    return lines if program.collectives else [*lines, "  no collectives"]
