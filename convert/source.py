@@ -89,16 +89,21 @@ class HFSource:
 
     def read(self, entry: Entry) -> np.ndarray:
         rule, shape = entry.rule, entry.spec.shape
-        if not rule.per_expert:
-            return rule.to_leaf(self._reader.read(entry.tensors[0]), shape, self.config)
+        if rule.per_expert:
+            return self.read_experts(entry, range(shape[0]))
+        return rule.to_leaf(self._reader.read(entry.tensors[0]), shape, self.config)
+
+    def read_experts(self, entry: Entry, experts: range) -> np.ndarray:
+        """Some experts of a leaf that has one tensor, or one row of a tensor, for each."""
+        rule, shape = entry.rule, entry.spec.shape[1:]
         # Expert by expert, so that no second copy of a stacked leaf is ever held.
-        leaf = empty_aligned(shape, self.dtype(entry))
-        for e in range(shape[0]):
+        leaf = empty_aligned((len(experts), *shape), self.dtype(entry))
+        for place, e in enumerate(experts):
             if entry.stacked:
                 tensor = self._reader.read(entry.tensors[0], rows=slice(e, e + 1))[0]
             else:
                 tensor = self._reader.read(entry.tensors[e])
-            leaf[e] = rule.to_leaf(tensor, shape[1:], self.config)
+            leaf[place] = rule.to_leaf(tensor, shape, self.config)
         return leaf
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+import psutil
+from jax.sharding import Mesh, SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
 from nemojax import layout
@@ -16,6 +19,7 @@ from nemojax.config import Config
 from nemojax.errors import InputError
 from nemojax.hf_config import config_to_hf
 from nemojax.model import Nemotron
+from nemojax.sharding import param_shardings
 from nemojax.specs import flatten, map_specs, model_specs
 
 # What a checkpoint may hold. Without its 64-bit mode, jax turns float64 into float32 silently.
@@ -24,29 +28,67 @@ DTYPES = tuple(np.dtype(dtype) for dtype in (jax.numpy.bfloat16, np.float16, np.
 _CHUNK_BYTES = 32 * 2**20
 
 
-def load(path: str | os.PathLike, *, dtype: str | None = None) -> tuple[Nemotron, dict[str, Any]]:
+def load(
+    path: str | os.PathLike, mesh: Mesh | None = None, dtype: str | None = None
+) -> tuple[Nemotron, dict[str, Any]]:
     """A model and its parameters from a Hugging Face or Orbax directory.
 
     Args:
       path: the directory.
+      mesh: devices to load onto (`nemojax.make_mesh`), each of which gets its own slice; None for one device. With
+        several processes, each calls `load` and reads what its devices need.
       dtype: `"float32"`, `"bfloat16"` or `"float16"` to compute in; default the checkpoint's own. Parameters that
         must be float32 (router bias, A_log, D, dt_bias) are so in any case.
 
     Returns:
-      The model and its parameters, ready for `model.apply({"params": params}, tokens)`.
+      The model, which carries the mesh, and its parameters, ready for `model.apply({"params": params}, tokens)`.
 
     Raises:
-      InputError: the directory is not a checkpoint, is damaged, or does not fit its config.
+      InputError: the directory is not a checkpoint, is damaged, or does not fit its config; a parameter does not divide
+        over the mesh; the parameters do not fit into the free memory of the devices.
     """
     path = layout.require_directory(Path(path))
     config = Config.from_hf(path)
     if dtype is not None:
         config = config.replace(dtype=dtype)
+    shardings = _shardings(config, mesh)
+    _check_memory(path, config, shardings)
+    model = Nemotron(config, mesh=mesh)
     if layout.is_orbax(path):
-        return Nemotron(config), _load_orbax(path, config)
+        return model, _load_orbax(path, config, shardings)
     from convert.load import load_hf  # convert stands above this package; only an HF directory needs it
 
-    return Nemotron(config), load_hf(path, config)
+    return model, load_hf(path, config, shardings)
+
+
+def _shardings(config: Config, mesh: Mesh | None) -> dict[str, Any]:
+    if mesh is not None:
+        return param_shardings(config, mesh)
+    device = SingleDeviceSharding(jax.local_devices()[0])
+    return map_specs(lambda spec: device, model_specs(config))
+
+
+def _check_memory(path: Path, config: Config, shardings: dict[str, Any]) -> None:
+    """Says before anything is read that it will not fit."""
+    needed: dict[Any, int] = {}
+    for (_, spec), (_, sharding) in zip(flatten(model_specs(config)), flatten(shardings), strict=True):
+        for device in sharding.addressable_devices:
+            nbytes = math.prod(sharding.shard_shape(spec.shape)) * spec.dtype.itemsize
+            place = "the host" if device.platform == "cpu" else device  # devices made of one host share its memory
+            needed[place] = needed.get(place, 0) + nbytes
+    for place, nbytes in needed.items():
+        if nbytes > (free := _free_memory(place)):
+            raise InputError(
+                f"{path}: its parameters need {nbytes / 1e9:.2f} GB on {place}, which has {free / 1e9:.2f} GB free; "
+                f"use more devices, a mesh that splits more, or a smaller dtype (`nemojax plan` says what a mesh needs)"
+            )
+
+
+def _free_memory(place: Any) -> float:
+    if place == "the host":
+        return psutil.virtual_memory().available
+    stats = place.memory_stats() or {}
+    return stats.get("bytes_limit", math.inf) - stats.get("bytes_in_use", 0)
 
 
 def save(path: str | os.PathLike, config: Config, params: dict[str, Any], *, overwrite: bool = False) -> None:
@@ -151,8 +193,7 @@ def check_orbax(path: Path, config: Config) -> dict[str, Any]:
     return stored
 
 
-def _load_orbax(path: Path, config: Config) -> dict[str, Any]:
+def _load_orbax(path: Path, config: Config, shardings: dict[str, Any]) -> dict[str, Any]:
     check_orbax(path, config)
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    abstract = map_specs(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=device), model_specs(config))
-    return read_orbax(path, abstract)
+    place = lambda spec, sharding: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=sharding)
+    return read_orbax(path, jax.tree.map(place, model_specs(config), shardings))

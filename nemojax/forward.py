@@ -125,7 +125,9 @@ def _layers(
             x, mixer, state = (jax.checkpoint(layer) if remat else layer)(
                 params[name], x, states and states.get(name), segments=segments
             )
-        after |= {name: state} if kind in "M*" else {}
+        if states is not None and kind in "M*":
+            # Else XLA cuts states out of the projections at the very end, and keeps every layer's until then.
+            x, after[name] = jax.lax.optimization_barrier((x, state))
         _record(captured, kind, resid_pre=before, resid_post=x, mixer_out=mixer, state=state)
     hidden = rms_norm(x, params["norm_f"], config.layer_norm_epsilon)
     return hidden, after if states is not None else None, captured

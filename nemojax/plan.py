@@ -10,15 +10,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from nemojax import forward
-from nemojax.cache import init_cache
+from nemojax.cache import cache_axes, init_cache
 from nemojax.collectives import Collective, collectives
 from nemojax.config import Config
 from nemojax.errors import InputError
 from nemojax.gpu_targets import CompilerMissing, Gpu, abstract_devices, gpu
+from nemojax.sharding import Cut, make_mesh, mesh_sizes, param_shardings
 from nemojax.specs import abstract_params
 
 # What a process holds on a device outside XLA's buffers: CUDA context, loaded kernels, library workspaces.
@@ -141,7 +141,7 @@ def plan(
         if value < 1:
             raise InputError(f"plan: {name} must be at least 1, got {value}")
     target, piece = gpu(device), min(piece, context)
-    sizes = _mesh_sizes(mesh)
+    sizes = mesh_sizes(mesh or {})
     count = math.prod(sizes.values())
     missing, devices = None, None
     if not estimate_only:
@@ -149,7 +149,8 @@ def plan(
             devices = abstract_devices(target, count)
         except CompilerMissing as error:
             missing = str(error)
-    params, cache, tokens = _abstract(config, batch, context, mesh, devices)
+    grid = make_mesh(sizes, devices) if devices else AbstractMesh(tuple(sizes.values()), tuple(sizes))
+    params, cache, tokens = _abstract(config, batch, context, grid)
     done = Plan(
         target,
         count,
@@ -164,7 +165,7 @@ def plan(
     )
     if devices is None:
         return done
-    compile_step = functools.partial(_compile, config, params, cache)
+    compile_step = functools.partial(_compile, config, grid, params, cache)
     programs = compile_step("prefill piece", tokens(piece)), compile_step("decode step", tokens(1))
     return dataclasses.replace(done, programs=programs)
 
@@ -172,43 +173,41 @@ def plan(
 # ---------------------------------------------------------------- the mesh: all that knows how arrays are laid out
 
 
-def _mesh_sizes(mesh: str | None) -> dict[str, int]:
-    """Devices along each axis."""
-    if mesh is not None:
-        raise InputError(f"mesh: {mesh!r}: models on several devices cannot be planned yet; leave the mesh out")
-    return dict.fromkeys(("data", "expert", "tensor", "sequence"), 1)
-
-
-def _abstract(config: Config, batch: int, context: int, mesh: str | None, devices: list[Any] | None):
-    """Parameters, cache and a function that makes tokens [B, T] of a given T: shapes, placed on the devices if any."""
-    place = lambda tree: tree
-    if devices is not None:
-        sizes = _mesh_sizes(mesh)
-        sharding = NamedSharding(Mesh(np.array(devices).reshape(*sizes.values()), tuple(sizes)), PartitionSpec())
-        place = lambda tree: jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree)
-    cache = jax.eval_shape(lambda: init_cache(config, batch, context))
-    tokens = lambda length: place(jax.ShapeDtypeStruct((batch, length), jnp.int32))
-    return place(abstract_params(config)), place(cache), tokens
+def _abstract(config: Config, batch: int, context: int, mesh: Mesh | AbstractMesh):
+    """Parameters, cache and a function that makes tokens [B, T] of a given T: shapes, placed on the mesh."""
+    place = lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
+    cut = Cut.of(mesh, config, batch, length=1)
+    cache = jax.eval_shape(lambda: init_cache(config, batch, cut.slots(context)))
+    cache = jax.tree.map(place, cache, cut.shardings(cache_axes(config)))
+    params = jax.tree.map(place, abstract_params(config), param_shardings(config, mesh))
+    rows = cut.shardings(PartitionSpec("batch"))
+    return params, cache, lambda length: place(jax.ShapeDtypeStruct((batch, length), jnp.int32), rows)
 
 
 def _device_bytes(tree: Any) -> int:
-    shard = lambda a: a.shape if a.sharding is None else a.sharding.shard_shape(a.shape)
-    return sum(math.prod(shard(a)) * a.dtype.itemsize for a in jax.tree.leaves(tree))
+    return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(tree))
 
 
 # ------------------------------------------------------------------------------------------------------ programs
 
 
-def _step(params, tokens, cache, *, config):
-    run = forward.backbone(params, tokens, None, cache, config=config)
-    return forward.head(params, run.hidden[:, -1:], config), run.cache
+def _step(params, tokens, cache, *, config, mesh):
+    run = forward.backbone(params, tokens, None, cache, config=config, mesh=mesh)
+    return forward.head(params, run.hidden[:, -1:], config, mesh=mesh), run.cache
 
 
-def _compile(config: Config, params: Any, cache: Any, name: str, tokens: jax.ShapeDtypeStruct) -> Program:
-    # Weights that a call does not read (multi-token prediction) are on the device all the same: keep_unused.
-    step = jax.jit(functools.partial(_step, config=config), donate_argnums=2, keep_unused=True)
+def _compile(config: Config, mesh: Mesh, params: Any, cache: Any, name: str, tokens: jax.ShapeDtypeStruct) -> Program:
+    one = None if mesh.size == 1 else mesh
+    step = jax.jit(
+        functools.partial(_step, config=config, mesh=one),
+        donate_argnums=2,
+        # Weights that a call does not read (multi-token prediction) are on the device all the same.
+        keep_unused=True,
+        # The new cache lies as the old one does, or it could not take its place.
+        out_shardings=(None, jax.tree.map(lambda a: a.sharding, cache)),
+    )
     began = time.perf_counter()
-    with jax.set_mesh(tokens.sharding.mesh):  # a kernel reads the kind of GPU from it
+    with jax.set_mesh(mesh):  # a kernel reads the kind of GPU from it
         compiled = step.trace(params, tokens, cache).lower(lowering_platforms=("cuda",)).compile()
     seconds = time.perf_counter() - began
     memory = compiled.memory_analysis()

@@ -95,7 +95,7 @@ def make_mesh(shape: str | Mapping[str, int], devices: Sequence[jax.Device] | No
     Raises:
       InputError: an axis does not exist, a size is not a positive integer, or there are too few devices.
     """
-    sizes = dict.fromkeys(AXES, 1) | _sizes(shape)
+    sizes = mesh_sizes(shape)
     devices = jax.devices() if devices is None else list(devices)
     needed = math.prod(sizes.values())
     if needed > len(devices):
@@ -108,7 +108,12 @@ def make_mesh(shape: str | Mapping[str, int], devices: Sequence[jax.Device] | No
     return Mesh(np.array(devices[:needed]).reshape(tuple(sizes.values())), AXES)
 
 
-def _sizes(shape: str | Mapping[str, int]) -> dict[str, int]:
+def mesh_sizes(shape: str | Mapping[str, int]) -> dict[str, int]:
+    """Sizes of all four axes; see `make_mesh`.
+
+    Raises:
+      InputError: an axis does not exist, or a size is not a positive integer.
+    """
     if isinstance(shape, str):
         pairs = [part.split("=") for part in shape.split(",") if part.strip()]
         if not all(len(pair) == 2 for pair in pairs):
@@ -122,7 +127,7 @@ def _sizes(shape: str | Mapping[str, int]) -> dict[str, int]:
             raise InputError(f"mesh: there is no axis {name!r}; the axes are {', '.join(AXES)}")
         if not str(size).isdecimal() or int(size) < 1:
             raise InputError(f"mesh: axis {name} must have a positive integer as size, got {size!r}")
-    return {name: int(size) for name, size in shape.items()}
+    return dict.fromkeys(AXES, 1) | {name: int(size) for name, size in shape.items()}
 
 
 def _show(sizes: Mapping[str, int]) -> str:

@@ -22,6 +22,9 @@ def _checked_modules() -> list[str]:
     return sorted(name for name in names if not name.endswith(("__init__", "__main__")))
 
 
+# Meshes of up to eight devices, in this process only (an environment variable would reach the programs tests start).
+jax.config.update("jax_num_cpu_devices", 8)
+
 jaxtyping.install_import_hook(_checked_modules(), "beartype.beartype")
 
 # Compilation makes one example slow whatever its size; the same examples in every run make a failure repeatable.

@@ -1,0 +1,63 @@
+"""Two processes with half of the devices each: load, forward and generate give what one process gives."""
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import nemojax
+from convert.stream import convert
+from nemojax.specs import num_bytes
+
+ROOT = Path(__file__).parent.parent.parent
+TINY = ROOT / "experiments/nemotron_tiny/model"
+
+
+def start(checkpoint, mesh, out, processes=2):
+    """Runs `two_processes.py`; returns what each process printed."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        address = f"localhost:{probe.getsockname()[1]}"
+    command = [sys.executable, str(ROOT / "tests/sharding/two_processes.py"), str(checkpoint), mesh, address]
+    running = [
+        subprocess.Popen(
+            [*command, str(processes), str(index), str(out)],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(processes)
+    ]
+    printed = []
+    for process in running:
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err[-3000:]
+        printed.append(json.loads(out.splitlines()[-1]))
+    return printed
+
+
+@pytest.fixture(scope="module")
+def expected():
+    model, params = nemojax.load(TINY, dtype="float32")
+    tokens = np.random.default_rng(0).integers(1, model.config.vocab_size, (8, 40)).astype(np.int32)
+    logits = jax.jit(lambda params: model.apply({"params": params}, tokens).logits)(params)
+    return logits, nemojax.generate(model, params, tokens[:, :9], max_new_tokens=5, stop_ids=())
+
+
+@pytest.mark.parametrize("kind", ["hugging-face", "orbax"])
+@pytest.mark.parametrize("mesh", ["data=2,expert=4", "tensor=2,sequence=4"])
+def test_two_processes_equal_one(kind, mesh, expected, tmp_path):
+    checkpoint = TINY
+    if kind == "orbax":
+        checkpoint = tmp_path / "orbax"
+        convert(TINY, checkpoint, show_progress=False)
+    start(checkpoint, mesh, tmp_path / "out.npz")
+    found = np.load(tmp_path / "out.npz")
+    np.testing.assert_allclose(found["logits"], expected[0], atol=1e-5 * np.abs(expected[0]).max())
+    np.testing.assert_array_equal(found["new"], expected[1])

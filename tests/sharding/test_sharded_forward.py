@@ -1,0 +1,138 @@
+"""The law of the library on a mesh: the result of a call is that of one device, forward and gradient."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from meshes import CONFIG, IS_REAL, MESHES, SEGMENTS, TOKENS, call, jit, on
+from tiny import assert_close
+
+from nemojax import InputError, Nemotron, generate, init_cache
+from nemojax.forward import CAPTURES
+from nemojax.specs import flatten
+
+HAS_NEXT = IS_REAL & (np.pad(SEGMENTS[:, 1:], ((0, 0), (0, 1))) == SEGMENTS)
+
+
+@functools.cache
+def expected(**options):
+    return call(None, TOKENS, SEGMENTS, **options)
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_logits_of_packed_and_padded_rows(mesh):
+    logits = call(mesh, TOKENS, SEGMENTS).logits
+    assert_close(logits[IS_REAL], expected().logits[IS_REAL], 1e-5)
+    assert np.isfinite(logits).all()
+
+
+@pytest.mark.parametrize(
+    "mesh, rows, length",
+    [
+        ("sequence=8", 2, 32),
+        ("sequence=8", 2, 33),
+        ("sequence=8", 1, 39),
+        ("sequence=3", 2, 17),
+        ("sequence=4", 3, 130),
+        ("sequence=8", 2, 31),
+        ("data=2,expert=4", 3, 13),
+        ("data=2,expert=4", 4, 1),
+        ("expert=8", 1, 7),
+    ],
+    ids=lambda value: str(value),
+)
+def test_any_number_of_rows_and_tokens(mesh, rows, length):
+    """Lengths that do not divide, rows that do not divide, fewer tokens than it pays to split."""
+    tokens = np.random.default_rng(length).integers(0, CONFIG.vocab_size, (rows, length))
+    assert_close(call(mesh, tokens).logits, call(None, tokens).logits, 1e-5)
+
+
+CUTS = {"by-one": [1, 1, 14, 16], "pieces": [16, 16], "short-then-long": [3, 29], "long-then-short": [29, 3]}
+
+
+def in_pieces(mesh, cut):
+    """Logits and last cache of calls that go on from one another."""
+    cache = init_cache(CONFIG, len(TOKENS), TOKENS.shape[1] + 3, mesh=on(mesh)[0].mesh)
+    logits, at = [], 0
+    for length in cut:
+        out = call(mesh, TOKENS[:, at : at + length], SEGMENTS[:, at : at + length], cache)
+        cache, at = out.cache, at + length
+        logits.append(out.logits)
+    return np.concatenate(logits, axis=1), cache
+
+
+@pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
+@pytest.mark.parametrize("mesh", ["tensor=8", "sequence=4", "expert=2,tensor=2,sequence=2"])
+def test_calls_on_a_cache(mesh, cut):
+    logits, cache = in_pieces(mesh, cut)
+    assert_close(logits[IS_REAL], expected().logits[IS_REAL], 1e-5)
+    _, reference = in_pieces(None, CUTS["pieces"])
+    for name in ("layers_00", "layers_02"):
+        for state, other in zip(cache.layers[name], reference.layers[name], strict=True):
+            assert_close(state, other, 1e-5)
+    np.testing.assert_array_equal(cache.documents[:, :32], reference.documents[:, :32])
+
+
+@pytest.mark.parametrize("mesh", ["tensor=4", "sequence=8", "data=2,expert=2,sequence=2"])
+def test_multi_token_prediction_and_captured_values(mesh):
+    options = {"mtp": True, "capture": CAPTURES}
+    actual, reference = call(mesh, TOKENS, SEGMENTS, **options), expected(**options)
+    assert_close(actual.mtp_logits[HAS_NEXT], reference.mtp_logits[HAS_NEXT], 1e-5)
+    for name in CAPTURES:
+        for value, other in zip(
+            jax.tree.leaves(actual.captured[name]), jax.tree.leaves(reference.captured[name]), strict=True
+        ):
+            per_token = name != "ssm_state"
+            assert_close(value[IS_REAL] if per_token else value, other[IS_REAL] if per_token else other, 1e-5)
+
+
+@functools.cache
+def gradients(mesh, dispatch=None):
+    model, params = on(mesh, dispatch)
+
+    def loss(params):
+        out = model.apply({"params": params}, TOKENS, SEGMENTS, mtp=True)
+        main = jnp.where(IS_REAL[..., None], jax.nn.log_softmax(out.logits), 0)[..., :7].sum()
+        return main + jnp.where(HAS_NEXT[..., None], out.mtp_logits**2, 0).sum() / 100
+
+    return {name: np.asarray(value) for name, value in flatten(jit(jax.grad(loss))(params))}
+
+
+@pytest.mark.parametrize(
+    "mesh, dispatch",
+    [
+        ("data=8", None),
+        ("expert=8", "ring"),
+        ("data=2,expert=4", "all_to_all"),
+        ("tensor=8", None),
+        ("sequence=4", None),
+        ("sequence=3", None),
+        ("expert=2,tensor=2,sequence=2", "all_to_all"),
+    ],
+)
+def test_gradient_of_every_parameter(mesh, dispatch):
+    reference = gradients(None)
+    for name, value in gradients(mesh, dispatch).items():
+        assert_close(value, reference[name], 1e-5)
+
+
+@pytest.mark.parametrize("mesh", ["data=2,expert=4", "tensor=4", "sequence=4"])
+def test_generation(mesh):
+    prompts = [[3, 1, 4], [1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9], [2], [7] * 20]
+    make = lambda where: np.asarray(generate(*on(where), prompts, max_new_tokens=6, stop_ids=()))
+    np.testing.assert_array_equal(make(mesh), make(None))
+
+
+def test_ids_outside_the_vocabulary_give_nan_on_every_shard():
+    tokens = jnp.array([[1, 64, 2], [3, -1, 4]])
+    model, params = on("tensor=8")
+    logits = np.asarray(jit(lambda p, t: model.apply({"params": p}, t).logits)(params, tokens))
+    assert np.isfinite(logits[:, 0]).all() and np.isnan(logits[:, 1:]).all()
+
+
+def test_dispatch_that_does_not_exist_is_refused():
+    model, params = on("expert=8")
+    with pytest.raises(InputError, match="dispatch 'dense' does not exist; known: ring, all_to_all"):
+        Nemotron(CONFIG, mesh=model.mesh, dispatch="dense").apply({"params": params}, TOKENS)
