@@ -24,11 +24,14 @@ class Rows(NamedTuple):
 
 
 def bucket(length: int) -> int:
-    """The smallest of 0, 1, 2, 3, 4, 6, 8, 12, 16, 24, ... that holds `length`: at most a third of it is padding."""
-    if length <= 2:
+    """The smallest of 0, 1, 16, 32, 64, 128, 192, 256, 384, 512, 768, ... that holds `length`.
+
+    Each is compiled once, which costs more than padding does while rows are short.
+    """
+    if length <= 1:
         return length
     power = 1 << (length - 1).bit_length()
-    return power * 3 // 4 if length <= power * 3 // 4 else power
+    return power * 3 // 4 if power >= 256 and length <= power * 3 // 4 else max(16, power)
 
 
 def capacity(length: int) -> int:

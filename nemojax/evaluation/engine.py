@@ -106,10 +106,6 @@ class Engine:
         if handle is not None:
             self._send(Step("free", handle))
 
-    def stop(self) -> None:
-        """Lets the other processes return from `follow`."""
-        self._send(Step("stop"))
-
     def _new_handle(self) -> int:
         self._handles += 1
         return self._handles
@@ -133,7 +129,6 @@ class Engine:
     def _run(self, step: Step) -> Any:
         if step.name == "free":
             del self._caches[step.parent]
-        if step.name in ("free", "stop"):
             return None
         parent = None if step.parent is None else self._caches[step.parent]
         arguments = (self.params, parent, step.arrays)
@@ -158,6 +153,12 @@ class Engine:
             self.work.programs += 1
             self.work.compile_seconds += time.perf_counter() - begin
         return self._programs[key]
+
+
+def stop_followers() -> None:
+    """Lets the other processes, if there are any, return from `follow`."""
+    if jax.process_count() > 1:
+        _broadcast(Step("stop"))
 
 
 def _to_host(array: jax.Array) -> np.ndarray:

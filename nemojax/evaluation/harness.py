@@ -136,10 +136,9 @@ class NemojaxLM(TemplateLM):
     # ----------------------------------------------------------------------------------------------- answers
 
     def _loglikelihood_tokens(self, requests: Sequence[tuple], disable_tqdm: bool = False, **_: Any) -> list[Score]:
-        def compute(chosen: list[int], done: Done) -> None:
-            self.scorer.loglikelihood([self._request(*requests[i][1:]) for i in chosen], done)
-
-        answers = self._answer("loglikelihood", [r[0] for r in requests], compute, disable_tqdm)
+        built = [self._request(context, continuation) for _, context, continuation in requests]
+        compute = lambda chosen, done: self.scorer.loglikelihood([built[i] for i in chosen], done)
+        answers = self._answer("loglikelihood", [texts for texts, _, _ in requests], compute, disable_tqdm)
         return [Score(*answer) for answer in answers]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
@@ -147,20 +146,20 @@ class NemojaxLM(TemplateLM):
 
         def compute(chosen: list[int], done: Done) -> None:
             owners, windows = [], []
-            for i in chosen:
+            for at, i in enumerate(chosen):
                 tokens = self.tok_encode(requests[i].args[0])
                 pieces = get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1)
                 windows += [Request(*make_disjoint_window(piece)) for piece in pieces]
-                owners += [i] * (len(windows) - len(owners))
-            missing, totals = Counter(owners), dict.fromkeys(chosen, 0.0)
-            done({chosen.index(i): 0.0 for i in chosen if not missing[i]})
+                owners += [at] * (len(windows) - len(owners))
+            missing, totals = Counter(owners), dict.fromkeys(range(len(chosen)), 0.0)
+            done({at: 0.0 for at in totals if not missing[at]})
 
             def add(scores: dict[int, Score]) -> None:
                 for window in sorted(scores):
                     totals[owners[window]] += scores[window].log_prob
                     missing[owners[window]] -= 1
                 ready = {owners[window] for window in scores if not missing[owners[window]]}
-                done({chosen.index(i): totals[i] for i in ready})
+                done({at: totals[at] for at in ready})
 
             self.scorer.loglikelihood(windows, add)
 
@@ -168,37 +167,48 @@ class NemojaxLM(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continues contexts up to a stop string, an end of text, or the limit of tokens."""
-        settings = [str(sorted(r.args[1].items())) for r in requests]
+        arguments = [r.args for r in requests]
+        options = [dict(normalize_gen_kwargs(settings, self.max_gen_toks)) for _, settings in arguments]
+        prompts = [
+            self._prompt(context, option["max_gen_toks"], name)
+            for (context, _), option, name in zip(arguments, options, _keys("sample", arguments), strict=True)
+        ]
 
         def compute(chosen: list[int], done: Done) -> None:
-            for same in dict.fromkeys(settings[i] for i in chosen):
-                batch = [at for at, i in enumerate(chosen) if settings[i] == same]
-                asked = [requests[chosen[at]] for at in batch]
-                self._generate(asked, lambda found, batch=batch: done({batch[at]: text for at, text in found.items()}))
+            alike: dict[str, list[int]] = {}
+            for at, i in enumerate(chosen):
+                alike.setdefault(str(sorted(arguments[i][1].items())), []).append(at)
+            for batch in alike.values():
+                here = lambda found, batch=batch: done({batch[at]: text for at, text in found.items()})
+                self._generate([prompts[chosen[at]] for at in batch], options[chosen[batch[0]]], here)
 
-        return self._answer("generate_until", [r.args for r in requests], compute, disable_tqdm)
+        return self._answer("generate_until", arguments, compute, disable_tqdm)
 
-    def _generate(self, requests: list[Instance], done: Done) -> None:
-        """Requests with the same settings."""
-        options = dict(normalize_gen_kwargs(requests[0].args[1], self.max_gen_toks))
-        until, limit = options["until"], options["max_gen_toks"]
+    def _prompt(self, context: str, limit: int, name: str) -> Prompt:
         if limit >= self.max_length:
             raise InputError(
                 f"max_gen_toks {limit} leaves no room for a prompt in max_length {self.max_length}; lower the former"
             )
-        decoding = Decoding(limit, self._stop_ids, options.get("temperature") or 0.0, options.get("top_k"), options.get("top_p"))
-        prompts, seen = [], Counter()
-        for request in requests:
-            context = request.args[0]
-            ids = self.tok_encode(context) or [self.prefix_token_id]
-            self.truncated += len(ids) > self.max_length - limit
-            name = key("sample", [context, self._seed], seen[context])
-            seen[context] += 1
-            prompts.append(Prompt(ids[limit - self.max_length :], int(name[:8], 16)))
+        ids = self.tok_encode(context) or [self.prefix_token_id]
+        self.truncated += len(ids) > self.max_length - limit
+        return Prompt(ids[limit - self.max_length :], self._seed ^ int(name[:8], 16))
+
+    def _generate(self, prompts: list[Prompt], options: dict[str, Any], done: Done) -> None:
+        """Continues prompts that have the same settings."""
+        decoding = Decoding(
+            options["max_gen_toks"],
+            self._stop_ids,
+            options["temperature"] if options["do_sample"] else 0.0,
+            options.get("top_k"),
+            options.get("top_p"),
+        )
+        until = [stop for stop in options["until"] if stop]
         decode = lambda ids: self.tokenizer.decode(ids)
-        finished = lambda ids: any(stop and stop in decode(ids) for stop in until)
+        is_finished = lambda ids: any(stop in decode(ids) for stop in until)
         text = lambda ids: postprocess_generated_text(decode(ids), until, None)
-        self.scorer.generate(prompts, decoding, finished, lambda new: done({i: text(ids) for i, ids in new.items()}))
+        self.scorer.generate(
+            prompts, decoding, is_finished, lambda new: done({i: text(ids) for i, ids in new.items()})
+        )
 
     def _request(self, context: Sequence[int], continuation: Sequence[int]) -> Request:
         """Keeps the end of what is too long, as lm-eval's own model does."""
@@ -211,12 +221,7 @@ class NemojaxLM(TemplateLM):
 
     def _answer(self, kind: str, arguments: list[Any], compute: Callable[[list[int], Done], None], quiet: bool) -> list:
         """Answers from the record where it has them; `compute(indices, done)` for the others."""
-        seen: Counter[str] = Counter()
-        keys = []
-        for argument in arguments:
-            plain = key(kind, argument, 0)
-            keys.append(key(kind, argument, seen[plain]))
-            seen[plain] += 1
+        keys = _keys(kind, arguments)
         known = self._record.answers if self._record else {}
         answers = {i: known[name] for i, name in enumerate(keys) if name in known}
         chosen = [i for i in range(len(keys)) if i not in answers]
@@ -236,6 +241,17 @@ class NemojaxLM(TemplateLM):
             if chosen:
                 compute(chosen, done)
         return [answers[i] for i in range(len(keys))]
+
+
+def _keys(kind: str, arguments: Sequence[Any]) -> list[str]:
+    """A name of each request; those that ask the same are counted."""
+    seen: Counter[str] = Counter()
+    keys = []
+    for argument in arguments:
+        plain = key(kind, argument, 0)
+        keys.append(key(kind, argument, seen[plain]))
+        seen[plain] += 1
+    return keys
 
 
 def _mesh(text: str | None) -> dict[str, jax.sharding.Mesh]:
