@@ -47,7 +47,9 @@ def chat_template(path: str | os.PathLike, name: str | None = None) -> str:
     return template
 
 
-def render(template: str, messages: list[dict[str, Any]], settings: dict[str, Any], *, add_generation_prompt: bool) -> str:
+def render(
+    template: str, messages: list[dict[str, Any]], settings: dict[str, Any], *, add_generation_prompt: bool
+) -> str:
     """The text of a conversation. Without `add_generation_prompt`, it ends inside the last message, to be continued.
 
     Args:

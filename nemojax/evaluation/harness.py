@@ -206,9 +206,7 @@ class NemojaxLM(TemplateLM):
         decode = lambda ids: self.tokenizer.decode(ids)
         is_finished = lambda ids: any(stop in decode(ids) for stop in until)
         text = lambda ids: postprocess_generated_text(decode(ids), until, None)
-        self.scorer.generate(
-            prompts, decoding, is_finished, lambda new: done({i: text(ids) for i, ids in new.items()})
-        )
+        self.scorer.generate(prompts, decoding, is_finished, lambda new: done({i: text(ids) for i, ids in new.items()}))
 
     def _request(self, context: Sequence[int], continuation: Sequence[int]) -> Request:
         """Keeps the end of what is too long, as lm-eval's own model does."""

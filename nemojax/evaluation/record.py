@@ -39,8 +39,8 @@ class Record:
         if path.exists():
             _compare(path, settings)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._file = (self.folder / ANSWERS).open("a+b")
-        self._read()
+        self._read(self.folder / ANSWERS)
+        self._file = (self.folder / ANSWERS).open("ab")
         if not path.exists():
             path.write_text(json.dumps(settings, indent=2) + "\n")
 
@@ -55,22 +55,20 @@ class Record:
         """Closes the file."""
         self._file.close()
 
-    def _read(self) -> None:
-        self._file.seek(0)
-        whole = 0
-        for number, line in enumerate(self._file, 1):
-            if not line.endswith(b"\n"):
-                break  # the run was killed while it wrote this one
+    def _read(self, path: Path) -> None:
+        """Takes whole lines, and cuts off one that a killed run had begun to write."""
+        data = path.read_bytes() if path.exists() else b""
+        whole = data[: data.rfind(b"\n") + 1]
+        for number, line in enumerate(whole.splitlines(), 1):
             try:
                 answer = json.loads(line)
                 self.answers[answer["key"]] = answer["result"]
             except (ValueError, KeyError, TypeError):
                 raise InputError(
-                    f"{self.folder / ANSWERS}: line {number} is not an answer; delete it, or start over with another "
-                    f"--output"
+                    f"{path}: line {number} is not an answer; delete it, or start over with another --output"
                 ) from None
-            whole += len(line)
-        self._file.truncate(whole)
+        if len(whole) < len(data):
+            os.truncate(path, len(whole))
 
 
 def _compare(path: Path, settings: dict[str, Any]) -> None:

@@ -105,7 +105,9 @@ class Scorer:
         tail = -(-decoding.max_new_tokens // _DECODE) * _DECODE
         for group in self._prefill([p.tokens[:-1] for p in prompts], [tail] * len(prompts)):
             for batch in cut(group.members, self.batch_size):
-                new = self._continue(group, [prompts[i] for i in batch], self._take(group, batch), decoding, is_finished)
+                new = self._continue(
+                    group, [prompts[i] for i in batch], self._take(group, batch), decoding, is_finished
+                )
                 done(dict(zip(batch, new, strict=True)))
 
     def _take(self, group: Prefilled, batch: Sequence[int]) -> np.ndarray:
@@ -131,7 +133,9 @@ class Scorer:
                     first = np.zeros(self.batch_size, np.int32)
                     cache = self.engine.prefill(rows, parent=trunk, take=first, capacity=room)
                 members = [i for b in batch for i in b.members]
-                yield Prefilled(members, {i: r * bool(width) for r, b in enumerate(batch) for i in b.members}, cache, room)
+                yield Prefilled(
+                    members, {i: r * bool(width) for r, b in enumerate(batch) for i in b.members}, cache, room
+                )
                 if cache != trunk:
                     self.engine.free(cache)
             self.engine.free(trunk)

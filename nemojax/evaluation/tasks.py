@@ -6,7 +6,6 @@ Data files of local tasks are checked line by line before anything is computed.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +112,9 @@ def _check_field(path: Path, number: int, name: str, first: dict[str, Any], row:
         raise InputError(f"{path}: line {number} has no {name!r}, which the first line has")
     if name not in first:
         raise InputError(f"{path}: line {number} has {name!r}, which the first line has not")
-    kinds = [float if isinstance(r[name], int) and not isinstance(r[name], bool) else type(r[name]) for r in (first, row)]
+    kinds = [
+        float if isinstance(r[name], int) and not isinstance(r[name], bool) else type(r[name]) for r in (first, row)
+    ]
     if None not in (first[name], row[name]) and kinds[0] is not kinds[1]:
         raise InputError(
             f"{path}: line {number}: {name!r} is {type(row[name]).__name__}, in the first line {type(first[name]).__name__}"
