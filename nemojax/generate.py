@@ -164,7 +164,7 @@ def _last_real(hidden: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | N
 
 
 def choose(logits: Float[Array, "B V"], step: Any, *, sampling: Sampling, greedy: bool, truncate: bool):
-    """The next token of each row. `truncate` says that `sampling` has a top-k or top-p; `step` makes the randomness new."""
+    """The next token of each row; `truncate` says that `sampling` has a top-k or top-p."""
     if greedy:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = logits / sampling.temperature

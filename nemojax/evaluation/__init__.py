@@ -1,4 +1,4 @@
-"""Evaluation with lm-evaluation-harness, in process: `nemojax evaluate`, or `import nemojax.evaluation` and model "nemojax".
+"""Evaluation with lm-evaluation-harness, in process: the command `nemojax evaluate`.
 
-buckets, prefix, engine and scorer work on token ids and know nothing of lm-eval; harness, tasks and run do.
+`buckets`, `prefix`, `engine` and `scorer` work on token ids and know nothing of lm-eval; `harness` makes a model of it.
 """

@@ -90,7 +90,7 @@ class Engine:
     def score(
         self, rows: Rows, targets: Int[np.ndarray, "B T"], *, parent: int | None, take: np.ndarray
     ) -> tuple[Float[np.ndarray, "B T"], Bool[np.ndarray, "B T"]]:
-        """Log-probability of each target, and whether it is the best token, after `rows`; float32. Unspecified at pads."""
+        """Log-probability (float32) of each target, and whether it is the best token. Unspecified at pads."""
         self._count(rows)
         return self._send(Step("score", parent, None, {"take": take, **rows._asdict(), "targets": targets}))
 
@@ -255,8 +255,8 @@ def _decode(
 ):
     """`count` tokens a row after `token` [B], which is the last that the cache has not seen.
 
-    `done` rows get padding. `step` is the number of tokens before, `seeds` [B] a seed a row, and `temperature`, `top_k`,
-    `top_p` are those of `nemojax.generate`.
+    `done` rows get padding. `step` is the number of tokens before, `seeds` [B] a seed a row, and `temperature`,
+    `top_k`, `top_p` are those of `nemojax.generate`.
     """
     cache = _begin(model, parent, arrays["take"], capacity)
     keys = jax.vmap(jax.random.key)(arrays["seeds"])

@@ -1,7 +1,7 @@
 """Which requests begin alike, so that the common part is run once.
 
-Two levels: requests with the same prefix (the choices of a question) share all of it, and prefixes that begin alike (the
-worked examples before the questions of a subject) share their beginning.
+Two levels: requests with the same prefix (the choices of a question) share all of it, and prefixes that begin alike
+(the worked examples before the questions of a subject) share their beginning.
 """
 
 from __future__ import annotations

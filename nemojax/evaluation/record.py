@@ -79,8 +79,8 @@ def _compare(path: Path, settings: dict[str, Any]) -> None:
     for name in sorted(before.keys() | settings.keys()):
         if before.get(name) != settings.get(name):
             raise InputError(
-                f"{path}: this evaluation has {name} {before.get(name)!r}, the command {settings.get(name)!r}; repeat it "
-                f"with the same settings, or give another --output"
+                f"{path}: this evaluation has {name} {before.get(name)!r}, the command {settings.get(name)!r}; "
+                f"repeat it with the same settings, or give another --output"
             )
 
 

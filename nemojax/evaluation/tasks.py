@@ -117,5 +117,10 @@ def _check_field(path: Path, number: int, name: str, first: dict[str, Any], row:
     ]
     if None not in (first[name], row[name]) and kinds[0] is not kinds[1]:
         raise InputError(
-            f"{path}: line {number}: {name!r} is {type(row[name]).__name__}, in the first line {type(first[name]).__name__}"
+            f"{path}: line {number}: {name!r} is {type(value).__name__}, in the first line {type(expected).__name__}"
         )
+
+
+def _kind(value: Any) -> type:
+    """An integer is a number like any other."""
+    return float if type(value) is int else type(value)

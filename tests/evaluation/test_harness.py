@@ -1,4 +1,4 @@
-"""nemojax under lm-eval: its rules for text, and whole runs: killed and resumed, in two processes, by its own command."""
+"""nemojax under lm-eval: its rules for text, and whole runs: killed and resumed, in two processes."""
 
 import json
 import os
