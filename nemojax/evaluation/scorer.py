@@ -101,7 +101,7 @@ class Scorer:
         is_finished: Callable[[list[int]], bool],
         done: Callable[[dict[int, list[int]]], None],
     ) -> None:
-        """Continues prompts until a stop id, `is_finished(new ids)` or the limit; `done` gets the new ids and stop id."""
+        """Continues prompts until a stop id, `is_finished(new ids)` or the limit; `done` gets the new ids."""
         tail = -(-decoding.max_new_tokens // _DECODE) * _DECODE
         for group in self._prefill([p.tokens[:-1] for p in prompts], [tail] * len(prompts)):
             for batch in cut(group.members, self.batch_size):

@@ -79,7 +79,6 @@ def test_generation_stops_at_the_text_and_leaves_it_out(lm):
     stop = free[len(free) // 2 :][:2]
     (cut,) = lm.generate_until(ask("generate_until", ("def f", limit | {"until": ["", stop]})), disable_tqdm=True)
     assert cut == free[: free.index(stop)] and empty
-    assert len(lm.tok_encode(free, add_special_tokens=False)) <= 13
 
 
 def test_no_room_for_a_prompt_is_said(lm):

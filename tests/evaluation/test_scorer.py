@@ -6,7 +6,7 @@ import pytest
 from tiny import perturbed_params, tiny_config
 
 import nemojax
-from nemojax.evaluation.buckets import bucket, pad
+from nemojax.evaluation.buckets import bucket
 from nemojax.evaluation.engine import Engine
 from nemojax.evaluation.prefix import families
 from nemojax.evaluation.scorer import Decoding, Prompt, Request, Scorer

@@ -22,7 +22,7 @@ CONTEXTS = (
     "<s>x = ",
     "for i in range(10):\n" * 9,
 )
-ANSWERS = ("\n    return text", " pass", "1", "\n" + "    total += value\n" * 12)
+ANSWERS = ("\n    return text", " pass", "1", "\n" + "    total += value\n" * 4)
 TEXTS = ("def f():\n    return 1\n" * 20, "import sys", "a = 1\n" * 8)
 
 
