@@ -28,21 +28,7 @@ RECORD = Path(__file__).parent / "nemotron_tiny" / "run.json"
 CHOICES, CONTEXT_LINES, ANSWER_LINES = 4, 12, 2
 TEXT_BYTES = 3000
 KEYWORD_LINES = 8
-KEYWORDS = {
-    "assert",
-    "break",
-    "class",
-    "continue",
-    "def",
-    "elif",
-    "else",
-    "except",
-    "for",
-    "if",
-    "raise",
-    "return",
-    "while",
-}
+KEYWORDS = set("assert break class continue def elif else except for if raise return while".split())
 
 
 def main() -> int:
