@@ -28,7 +28,7 @@ RECORD = Path(__file__).parent / "nemotron_tiny" / "run.json"
 CHOICES, CONTEXT_LINES, ANSWER_LINES = 4, 12, 2
 TEXT_BYTES = 3000
 KEYWORD_LINES = 8
-KEYWORDS = set("assert break class continue def elif else except for if raise return while".split())
+KEYWORD = re.compile(r"\s*(assert|break|class|continue|def|elif|else|except|for|if|raise|return|while)\b")
 
 
 def main() -> int:
@@ -89,11 +89,10 @@ def keyword(documents: Sequence[corpus.Document], count: int) -> Iterator[dict]:
         for document in documents
         for lines in [_lines(document)]
         for at in range(KEYWORD_LINES, len(lines))
-        for word in re.findall(r"^\s*([a-z]+)\b", lines[at])
-        if word in KEYWORDS
+        if (word := KEYWORD.match(lines[at]))
     ]
     for name, lines, word in rng.sample(places, count):
-        yield {"file": name, "prompt": "\n".join(lines), "answer": word}
+        yield {"file": name, "prompt": "\n".join(lines), "answer": word[1]}
 
 
 def chain_sum(count: int) -> Iterator[dict]:

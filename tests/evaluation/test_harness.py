@@ -144,6 +144,7 @@ def scores(found):
     return {name: value for name, value in found["results"]["mine"].items() if isinstance(value, float)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sign", (signal.SIGKILL, signal.SIGINT), ids=["killed", "interrupted"])
 def test_a_run_goes_on_where_it_stopped(folder, whole, sign):
     output = folder / f"stopped{int(sign)}"
