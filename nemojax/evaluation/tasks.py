@@ -112,10 +112,8 @@ def _check_field(path: Path, number: int, name: str, first: dict[str, Any], row:
         raise InputError(f"{path}: line {number} has no {name!r}, which the first line has")
     if name not in first:
         raise InputError(f"{path}: line {number} has {name!r}, which the first line has not")
-    kinds = [
-        float if isinstance(r[name], int) and not isinstance(r[name], bool) else type(r[name]) for r in (first, row)
-    ]
-    if None not in (first[name], row[name]) and kinds[0] is not kinds[1]:
+    expected, value = first[name], row[name]
+    if None not in (expected, value) and _kind(expected) is not _kind(value):
         raise InputError(
             f"{path}: line {number}: {name!r} is {type(value).__name__}, in the first line {type(expected).__name__}"
         )
