@@ -33,12 +33,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     from convert import cli as convert_cli
+    from nemojax.evaluation import cli as evaluation_cli
 
     parser = argparse.ArgumentParser(prog="nemojax", description="NVIDIA Nemotron-H / Nemotron 3 models in JAX.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     convert_cli.register(commands)
     _register_generate(commands)
     _register_plan(commands)
+    evaluation_cli.register(commands)
     return parser
 
 

@@ -130,7 +130,7 @@ def _generate(params, tokens, segment_ids, sampling, *, model, max_new_tokens, s
     pad = jnp.int32(config.pad_token_id or 0)
     stops = jnp.array(stop_ids, jnp.int32)
     is_stop = lambda token: (token[:, None] == stops).any(axis=1)
-    choose = functools.partial(_choose, sampling=sampling, greedy=greedy, truncate=truncate)
+    choose_token = functools.partial(choose, sampling=sampling, greedy=greedy, truncate=truncate)
 
     def run(tokens, segment_ids, cache) -> forward.Backbone:
         return forward.backbone(params, tokens, segment_ids, cache, **model.options())
@@ -139,7 +139,7 @@ def _generate(params, tokens, segment_ids, sampling, *, model, max_new_tokens, s
     with jax.named_scope("prefill"):
         prompt = run(tokens, segment_ids, init_cache(config, batch, length + max_new_tokens - 1, mesh=model.mesh))
         hidden = _last_real(prompt.hidden, segment_ids)
-        token = choose(head(hidden)[:, 0], 0)
+        token = choose_token(head(hidden)[:, 0], 0)
 
     def unfinished(carry):
         step, _, done, _, _ = carry
@@ -148,7 +148,7 @@ def _generate(params, tokens, segment_ids, sampling, *, model, max_new_tokens, s
     def decode(carry: tuple[Array, Array, Array, Array, Cache]):
         step, token, done, out, cache = carry
         after = run(token[:, None], None, cache)
-        token = choose(head(after.hidden)[:, 0], step)
+        token = choose_token(head(after.hidden)[:, 0], step)
         token = jnp.where(done, pad, token)
         return step + 1, token, done | is_stop(token), out.at[:, step].set(token), after.cache
 
@@ -164,7 +164,8 @@ def _last_real(hidden: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | N
     return jnp.take_along_axis(hidden, last[:, None, None], axis=1)
 
 
-def _choose(logits: Float[Array, "B V"], step: Any, *, sampling: Sampling, greedy: bool, truncate: bool):
+def choose(logits: Float[Array, "B V"], step: Any, *, sampling: Sampling, greedy: bool, truncate: bool):
+    """The next token of each row; `truncate` says that `sampling` has a top-k or top-p."""
     if greedy:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = logits / sampling.temperature

@@ -35,7 +35,7 @@ def dispatch(
     if not shard.rows_split:
         with jax.named_scope("same_rows"):
             first = axis.index() * up.shape[0]
-            mean = ids.size / axis.size
+            mean = -(-ids.size // axis.size)
             return axis.sum(local.contribution(x, ids, weights, up, down, first=first, mean_pairs=mean, **options))
     name = shard.dispatch or pick(ids.shape[1], axis.size)
     with jax.named_scope(name):

@@ -49,7 +49,7 @@ def contribution(
     down: Float[Array, "E F L"],
     *,
     first: Any,
-    mean_pairs: float,
+    mean_pairs: int,
     implementation: str | None = None,
 ) -> Float[Array, "R L"]:
     """What experts `first` to `first + E` add to each row; ids outside are the business of other shards.

@@ -1,0 +1,85 @@
+"""The chat template that travels with a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from nemojax.errors import InputError
+
+
+def tokenizer_config(path: str | os.PathLike) -> dict[str, Any]:
+    """`tokenizer_config.json` of a checkpoint directory; empty if there is none.
+
+    Raises:
+      InputError: it is damaged.
+    """
+    file = Path(path) / "tokenizer_config.json"
+    try:
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except ValueError as error:
+        raise InputError(f"{file}: not JSON ({error}); download it again") from None
+
+
+def special_token(settings: dict[str, Any], name: str) -> str | None:
+    """Text of `bos_token`, `eos_token`, ..., which may be given as a text or as an object."""
+    token = settings.get(name)
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def chat_template(path: str | os.PathLike, name: str | None = None) -> str:
+    """The template's source: `chat_template.jinja`, else from `tokenizer_config.json`; `name` picks one of several.
+
+    Raises:
+      InputError: the checkpoint has none, or none of that name.
+    """
+    file = Path(path) / "chat_template.jinja"
+    template = file.read_text(encoding="utf-8") if file.is_file() else tokenizer_config(path).get("chat_template")
+    if isinstance(template, list):  # [{"name": ..., "template": ...}, ...]
+        named = {entry["name"]: entry["template"] for entry in template}
+        template = named.get(name or "default")
+        if template is None:
+            raise InputError(f"{path}: no chat template {name or 'default'!r}; there are {', '.join(sorted(named))}")
+    if not template:
+        raise InputError(f"{path}: the checkpoint has no chat template; run without it, or add chat_template.jinja")
+    return template
+
+
+def render(
+    template: str, messages: list[dict[str, Any]], settings: dict[str, Any], *, add_generation_prompt: bool
+) -> str:
+    """The text of a conversation. Without `add_generation_prompt`, it ends inside the last message, to be continued.
+
+    Args:
+      template: source of the template. messages: dicts with `role` and `content`.
+      settings: the checkpoint's `tokenizer_config.json`, whose special tokens a template may use.
+
+    Raises:
+      InputError: the template is broken or refuses the conversation.
+    """
+    from jinja2 import TemplateError
+    from jinja2.ext import loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def refuse(message: str):
+        raise TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+    environment.globals["raise_exception"] = refuse
+    tokens = {name: special_token(settings, name) for name in settings if name.endswith("_token")}
+    try:
+        text = environment.from_string(template).render(
+            messages=messages, add_generation_prompt=add_generation_prompt, **tokens
+        )
+    except TemplateError as error:
+        raise InputError(f"chat template: {error}; check the roles of the conversation") from None
+    if add_generation_prompt:
+        return text
+    last = messages[-1]["content"].strip()
+    at = text.rfind(last)
+    if at < 0:
+        raise InputError("chat template: it changes the last message, so that it cannot be continued")
+    return text[: at + len(last)]

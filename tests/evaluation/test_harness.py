@@ -1,0 +1,202 @@
+"""nemojax under lm-eval: its rules for text, and whole runs: killed and resumed, in two processes."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from lm_eval.api.instance import Instance
+
+from nemojax import InputError
+from nemojax.evaluation import chat, tasks
+from nemojax.evaluation.harness import NemojaxLM
+
+ROOT = Path(__file__).parents[2]
+DEMO = ROOT / "tests/golden/demo"
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu"}
+
+
+def ask(kind, *arguments):
+    return [Instance(kind, {}, a, i) for i, a in enumerate(arguments)]
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return NemojaxLM(str(DEMO), dtype="float32", batch_size=2, max_length=24)
+
+
+def test_answers_come_in_the_order_of_the_requests(lm):
+    pairs = [
+        ("def f(x):", " return x"),
+        ("", "import os"),
+        ("a b c ", "d"),
+        ("def f(x):", "\n    pass"),
+        ("def f(x):", " 1"),
+    ]
+    scores = lm.loglikelihood(ask("loglikelihood", *pairs), disable_tqdm=True)
+    turned = lm.loglikelihood(ask("loglikelihood", *pairs[::-1]), disable_tqdm=True)
+    assert len({score for score, _ in scores}) == len(pairs)
+    for a, b in zip(scores, turned[::-1], strict=True):
+        assert a.log_prob == pytest.approx(b.log_prob, abs=1e-4)
+
+
+def test_what_is_too_long_loses_its_beginning_and_is_counted(lm):
+    before = lm.truncated
+    tail = "the end of it"
+    long, longer = ("word " * 50 + tail, "x " * 60 + tail)
+    a, b = lm.loglikelihood(ask("loglikelihood", (long, " now"), ("other " * 9 + long, " now")), disable_tqdm=True)
+    assert a.log_prob == pytest.approx(b.log_prob, abs=1e-4)
+    lm.loglikelihood(ask("loglikelihood", ("short", longer)), disable_tqdm=True)
+    lm.generate_until(ask("generate_until", (long, {"until": ["\n"], "max_gen_toks": 4})), disable_tqdm=True)
+    assert lm.truncated - before == 4
+
+
+def test_a_rolling_text_is_the_sum_of_its_windows(lm):
+    """With context of one token, the windows of a text in lm-eval's cut are independent requests."""
+    text = "one two three four five six seven eight nine ten " * 3
+    (total,) = lm.loglikelihood_rolling(ask("loglikelihood_rolling", (text,)), disable_tqdm=True)
+    ids = lm.tok_encode(text)
+    first, *rest = [ids[at : at + 24] for at in range(0, len(ids), 24)]
+    assert len(rest) >= 2
+    windows = [((None, None), [lm.prefix_token_id], first)]
+    for at, piece in enumerate(rest, 1):
+        context = ids[24 * at + len(piece) - 25 : 24 * at]
+        windows.append(((None, None), context, piece))
+    scores = lm._loglikelihood_tokens(windows, disable_tqdm=True)
+    assert total == pytest.approx(sum(s.log_prob for s in scores), abs=1e-3)
+
+
+def test_generation_stops_at_the_text_and_leaves_it_out(lm):
+    limit = {"max_gen_toks": 12}
+    free, empty = lm.generate_until(ask("generate_until", ("def f", limit), ("", limit)), disable_tqdm=True)
+    stop = free[len(free) // 2 :][:2]
+    (cut,) = lm.generate_until(ask("generate_until", ("def f", limit | {"until": ["", stop]})), disable_tqdm=True)
+    assert cut == free[: free.index(stop)] and empty
+
+
+def test_no_room_for_a_prompt_is_said(lm):
+    with pytest.raises(InputError, match="max_gen_toks 24 leaves no room"):
+        lm.generate_until(ask("generate_until", ("x", {"max_gen_toks": 24})), disable_tqdm=True)
+
+
+def test_chat_template(lm, tmp_path):
+    messages = [{"role": "user", "content": "Hi"}]
+    text = lm.apply_chat_template(messages)
+    assert "<|im_start|>user\nHi<|im_end|>" in text and "assistant" in text.rsplit("<|im_start|>", 1)[1]
+    begun = lm.apply_chat_template([*messages, {"role": "assistant", "content": "Yes"}], add_generation_prompt=False)
+    assert begun.endswith("Yes")
+    with pytest.raises(InputError, match="has no chat template"):
+        chat.chat_template(tmp_path)
+    with pytest.raises(InputError, match="no cats; check the roles"):
+        chat.render("{{ raise_exception('no cats') }}", messages, {}, add_generation_prompt=True)
+    with pytest.raises(InputError, match="unsafe"):
+        chat.render("{{ ''.__class__.__mro__ }}", messages, {}, add_generation_prompt=True)
+
+
+# ------------------------------------------------------------------------------------------------- whole runs
+
+
+def command(folder, *extra):
+    task = Path(folder) / "mine.yaml"
+    return [sys.executable, "-m", "nemojax", "evaluate", str(DEMO), "--tasks", str(task), "--batch-size", "4", *extra]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A task of 40 questions, shorter than the shipped one."""
+    folder = tmp_path_factory.mktemp("task")
+    rows = (tasks.SHIPPED / "python_choice.jsonl").read_text().splitlines()[:40]
+    short = [json.loads(row) for row in rows]
+    for row in short:
+        row["context"], row["choices"] = row["context"][-60:], [c[:30] for c in row["choices"]]
+    (folder / "mine.jsonl").write_text("\n".join(map(json.dumps, short)))
+    text = (tasks.SHIPPED / "python_choice.yaml").read_text()
+    (folder / "mine.yaml").write_text(text.replace("python_choice", "mine"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(folder):
+    run(command(folder, "--output", str(folder / "whole")))
+    return results(folder / "whole")
+
+
+def run(arguments, **options):
+    done = subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, **options)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def results(output):
+    found = json.loads((output / "results.json").read_text())
+    assert len((output / "samples_mine.jsonl").read_text().splitlines()) == 40
+    return found
+
+
+def scores(found):
+    return {name: value for name, value in found["results"]["mine"].items() if isinstance(value, float)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sign", (signal.SIGKILL, signal.SIGINT), ids=["killed", "interrupted"])
+def test_a_run_goes_on_where_it_stopped(folder, whole, sign):
+    output = folder / f"stopped{int(sign)}"
+    answers = output / "requests.jsonl"
+    process = subprocess.Popen(
+        command(folder, "--output", str(output)), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
+    )
+    while process.poll() is None and not (answers.exists() and answers.stat().st_size > 500):
+        time.sleep(0.005)
+    process.send_signal(sign)
+    error = process.communicate(timeout=60)[1]
+    kept = answers.read_bytes().count(b"\n")
+    assert 4 <= kept < 160
+    if sign == signal.SIGINT:
+        assert process.returncode == 130 and "repeat the command with --resume" in error.splitlines()[-1]
+    run(command(folder, "--output", str(output), "--resume", "--batch-size", "3"))
+    found = results(output)
+    assert found["cost"]["resumed"] == kept and found["cost"]["requests"] == 160
+    assert scores(found) == pytest.approx(scores(whole), abs=1e-4)
+    assert answers.read_bytes().count(b"\n") == 160
+
+
+def test_two_processes_give_the_same_scores(folder, whole):
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        address = f"localhost:{probe.getsockname()[1]}"
+    output = folder / "two"
+    start = lambda i: subprocess.Popen(
+        command(folder, "--output", str(output), "--coordinator", address, "--processes", "2", "--process", str(i)),
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    processes = [start(i) for i in range(2)]
+    for process in processes:
+        text = process.communicate(timeout=300)[0]
+        assert process.returncode == 0, text[-3000:]
+    assert scores(results(output)) == pytest.approx(scores(whole), abs=1e-4)
+
+
+def test_the_command_of_lm_eval_knows_the_model(folder, whole):
+    arguments = f"--model nemojax --model_args path={DEMO} --tasks mine.yaml --batch_size 4".split()
+    text = run([sys.executable, "-m", "nemojax.evaluation", *arguments], cwd=folder)
+    found = re.search(r"\|\s*acc\s*\|[^|]*\|([^|]*)\|", text)
+    assert float(found[1]) == pytest.approx(scores(whole)["acc,none"], abs=1e-4)
+
+
+def test_a_checkpoint_without_template_is_refused_for_chat(folder, tmp_path):
+    plain = tmp_path / "plain"
+    shutil.copytree(DEMO, plain, ignore=shutil.ignore_patterns("chat_template.jinja"))
+    arguments = command(folder, "--apply-chat-template")
+    arguments[4] = str(plain)
+    done = subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "has no chat template" in done.stderr

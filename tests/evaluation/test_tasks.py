@@ -1,0 +1,68 @@
+"""Task files: found from any directory, and wrong data is named by file and line before anything runs."""
+
+import json
+
+import pytest
+
+from nemojax import cli
+from nemojax.evaluation import tasks
+
+YAML = "task: mine\ndataset_path: json\ndataset_kwargs: {data_files: {test: mine.jsonl}}\n"
+BROKEN = {
+    "not JSON": ('{"a": 1}\n{"a": 2\n', "line 2 is not JSON"),
+    "not an object": ('{"a": 1}\n\n[1]\n', "line 3 is list"),
+    "field missing": ('{"a": 1, "b": 2}\n{"a": 1}\n', "line 2 has no 'b'"),
+    "field too many": ('{"a": 1}\n{"a": 1, "b": 2}\n', "line 2 has 'b'"),
+    "another type": ('{"a": 1}\n{"a": "x"}\n', "line 2: 'a' is str"),
+    "not UTF-8": (b'{"a": 1}\n{"a": "\xff"}\n', "line 2 is not UTF-8"),
+    "empty": ("\n", "has no lines"),
+}
+
+
+def write(folder, data):
+    (folder / "mine.yaml").write_text(YAML)
+    (folder / "mine.jsonl").write_bytes(data if isinstance(data, bytes) else data.encode())
+    return folder / "mine.yaml"
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_line_is_named(tmp_path, capsys, case):
+    data, message = BROKEN[case]
+    path = write(tmp_path, data)
+    assert cli.main(["evaluate", str(tmp_path), "--tasks", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert message in error and "mine.jsonl" in error and error.count("\n") == 1
+
+
+def test_data_is_found_beside_the_task(tmp_path, monkeypatch):
+    path = write(tmp_path, '{"a": 1}\n{"a": 2.5}\n{"a": null}\n')
+    monkeypatch.chdir("/")
+    (task,) = tasks.resolve(str(path))
+    assert task["dataset_kwargs"]["data_files"] == {"test": str(tmp_path / "mine.jsonl")}
+
+
+def test_shipped_tasks_are_whole_and_small():
+    for name in tasks.shipped():
+        (task,) = tasks.resolve(name)
+        data = tasks.SHIPPED / f"{name}.jsonl"
+        rows = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
+        assert task["task"] == name and len(rows) >= 16 and data.stat().st_size < 60_000
+    assert len(tasks.shipped()) >= 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tasks", "no.yaml"], "no such task file"),
+        (["--tasks", "python_choise"], "did you mean python_choice"),
+        (["--tasks", "a,,b"], "a name is empty"),
+        (["--tasks", "python_text", "--resume"], "--resume needs --output"),
+        (["--tasks", "python_text", "--batch-size", "0"], "--batch-size must be at least 1, got 0"),
+        (["--tasks", "python_text", "--limit", "-1"], "--limit must be positive"),
+        (["--tasks", "python_text", "--process", "1"], "go together"),
+    ],
+)
+def test_wrong_arguments_are_one_line(tmp_path, capsys, arguments, message):
+    assert cli.main(["evaluate", str(tmp_path), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
