@@ -184,29 +184,15 @@ def _begin(model: Nemotron, parent: Cache | None, take: Int[Array, "B"], capacit
     """Rows of the parent, or an empty cache; None for no capacity."""
     if parent is not None:
         return jax.tree.map(lambda leaf: leaf[take], parent)
-    return init_cache(model.config, take.shape[0], capacity, **_placed(model)) if capacity else None
-
-
-def _placed(model: Nemotron) -> dict[str, Any]:
-    """The mesh argument of the model's functions."""
-    mesh = getattr(model, "mesh", None)
-    return {} if mesh is None else {"mesh": mesh}
+    return init_cache(model.config, take.shape[0], capacity, mesh=model.mesh) if capacity else None
 
 
 def _layers(model: Nemotron, params: Any, tokens: Array, segment_ids: Array, cache: Cache | None) -> forward.Backbone:
-    return forward.backbone(
-        params,
-        tokens,
-        segment_ids,
-        cache,
-        config=model.config,
-        implementation=model.implementation,
-        **_placed(model),
-    )
+    return forward.backbone(params, tokens, segment_ids, cache, **model.options())
 
 
 def _head(model: Nemotron, params: Any, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-    return forward.head(params, hidden, model.config, **_placed(model))
+    return forward.head(params, hidden, model.config, mesh=model.mesh)
 
 
 def _prefill(params: Any, parent: Cache | None, arrays: dict[str, Array], *, model: Nemotron, capacity: int):

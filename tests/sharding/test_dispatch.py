@@ -140,7 +140,14 @@ def test_the_buffer_of_a_strategy_is_bounded_and_takes_more_rounds():
 
 @pytest.mark.parametrize(
     "chosen, shards, name",
-    [(6, 8, "all_to_all"), (6, 4, "ring"), (6, 2, "ring"), (22, 8, "ring"), (22, 64, "all_to_all"), (1, 2, "all_to_all")],
+    [
+        (6, 8, "all_to_all"),
+        (6, 4, "ring"),
+        (6, 2, "ring"),
+        (22, 8, "ring"),
+        (22, 64, "all_to_all"),
+        (1, 2, "all_to_all"),
+    ],
 )
 def test_rule(chosen, shards, name):
     """Nano (6 of 128) on 8 shards exchanges, Super (22 of 512) gathers."""

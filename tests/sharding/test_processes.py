@@ -12,7 +12,6 @@ import pytest
 
 import nemojax
 from convert.stream import convert
-from nemojax.specs import num_bytes
 
 ROOT = Path(__file__).parent.parent.parent
 TINY = ROOT / "experiments/nemotron_tiny/model"

@@ -4,10 +4,10 @@ import jax
 import numpy as np
 import pytest
 from meshes import CONFIG, jit, on
+from tiny import tiny_config
 
 from nemojax import Config
 from nemojax.collectives import collectives
-from tiny import tiny_config
 
 ROWS, TOKENS = 8, 32
 
