@@ -84,7 +84,7 @@ def _check_memory(path: Path, config: Config, shardings: dict[str, Any]) -> None
             )
 
 
-def _free_memory(place: Any) -> float:
+def _free_memory(place: Any) -> float | int:
     if place == "the host":
         return psutil.virtual_memory().available
     stats = place.memory_stats() or {}

@@ -90,7 +90,10 @@ def backbone(
     else:
         cut = Cut.of(mesh, config, *tokens.shape)
         run = functools.partial(run, shard=cut.shard(dispatch))
-        axes = (param_axes(config), TOKENS, states and state_axes(config), None if fits is None else ROWS)
+        used = [name for name in params if name not in ("lm_head", "mtp")]
+        params = {name: params[name] for name in used}
+        axes = ({name: param_axes(config)[name] for name in used}, TOKENS)
+        axes += (states and state_axes(config), None if fits is None else ROWS)
         outputs = (HIDDEN, states and state_axes(config), _captured_axes(config, capture))
         run = _on_shards(run, cut, segments, axes, outputs)
         hidden, states, captured = run(params, tokens, states, fits)

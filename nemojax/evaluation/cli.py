@@ -34,7 +34,8 @@ def register(commands: argparse._SubParsersAction) -> None:
     add("--no-buckets", action="store_true", help="compile every length instead of padding to few")
     add("--no-shared-prefixes", action="store_true", help="compute a common beginning once for every request")
     add("--confirm-run-unsafe-code", action="store_true", help="allow tasks that run generated code")
-    add("--coordinator", metavar="HOST:PORT", help="several processes: where process 0 listens")
+    add("--distributed", action="store_true", help="several processes that a cluster started (SLURM, Open MPI)")
+    add("--coordinator", metavar="HOST:PORT", help="several processes started by hand: where process 0 listens")
     add("--processes", type=int, help="how many processes there are")
     add("--process", type=int, help="which one this is, from 0")
     evaluate.set_defaults(run=_evaluate)
@@ -50,7 +51,9 @@ def _evaluate(args: argparse.Namespace) -> int:
         raise InputError(f"lm-eval cannot be imported ({error}); pip install 'nemojax[evaluate]'") from None
     import jax
 
-    if args.coordinator:
+    if args.distributed:
+        jax.distributed.initialize()  # the cluster's environment says the rest
+    elif args.coordinator:
         jax.distributed.initialize(args.coordinator, args.processes, args.process)
     if jax.process_index() > 0:
         _model(NemojaxLM, args, None).engine.follow()
@@ -76,6 +79,8 @@ def _check(args: argparse.Namespace) -> None:
             raise InputError(f"--{name.replace('_', '-')} must be at least {smallest}, got {value}")
     if args.limit is not None and args.limit <= 0:
         raise InputError(f"--limit must be positive, got {args.limit}")
+    if args.distributed and args.coordinator:
+        raise InputError("--distributed finds the coordinator itself; leave --coordinator out")
     if len({value is None for value in (args.coordinator, args.processes, args.process)}) > 1:
         raise InputError("--coordinator, --processes and --process go together")
 

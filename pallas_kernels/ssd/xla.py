@@ -14,6 +14,7 @@ Long sequences go through in spans of a few chunks, so that memory does not grow
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -159,6 +160,9 @@ def _running_sum(log_decay):
     return jnp.cumsum(coarse, axis=-1), jnp.cumsum(log_decay - coarse, axis=-1)
 
 
+# The scan's own intermediates include empty arrays; saved for the backward pass of a `shard_map`, they crash the
+# partitioner of jaxlib 0.11.2. There is little to compute again, and less to save.
+@functools.partial(jax.checkpoint, prevent_cse=False)
 def _states_before(decay, states, initial):
     """Exclusive scan over chunks: the state before each chunk, and the one after the last.
 
