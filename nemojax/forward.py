@@ -165,7 +165,8 @@ def _on_shards(run: Callable, cut: Cut, segments: Segments, inputs: tuple, outpu
         numbers = jnp.ones((cut.batch, cut.length - cut.padding), jnp.int32)
         initial = jnp.zeros((cut.batch,), jnp.int32)
     if numbers is not None:
-        initial = documents_before(numbers, initial, cut)
+        numbers = cut.whole_rows(numbers)
+        initial = cut.whole_rows(documents_before(numbers, initial, cut))
     segments = Segments(numbers, initial, segments.start, segments.slots)
     axes = Segments(TOKENS, PartitionSpec("batch", "stretches"), ROWS, SLOTS)
     axes = Segments(*(None if value is None else axis for value, axis in zip(segments, axes, strict=True)))

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ from nemojax.specs import abstract_params
 
 # What a process holds on a device outside XLA's buffers: CUDA context, loaded kernels, library workspaces.
 RESERVE = 1_000_000_000
+PROGRAMS = ("prefill piece", "decode step")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +121,7 @@ def plan(
     device: str = "h100",
     piece: int = 8192,
     estimate_only: bool = False,
+    programs: Sequence[str] = PROGRAMS,
 ) -> Plan:
     """Bytes per device of a model, from its compiled prefill and decode programs.
 
@@ -133,6 +136,7 @@ def plan(
       device: kind of GPU, a key of `gpu_targets.GPUS`.
       piece: tokens of a row that one prefill call takes.
       estimate_only: compile nothing.
+      programs: which of `PROGRAMS` to compile.
 
     Raises:
       InputError: a number is not positive, or the mesh or the device is unknown.
@@ -166,8 +170,8 @@ def plan(
     if devices is None:
         return done
     compile_step = functools.partial(_compile, config, grid, params, cache)
-    programs = compile_step("prefill piece", tokens(piece)), compile_step("decode step", tokens(1))
-    return dataclasses.replace(done, programs=programs)
+    lengths = dict(zip(PROGRAMS, (piece, 1), strict=True))
+    return dataclasses.replace(done, programs=tuple(compile_step(name, tokens(lengths[name])) for name in programs))
 
 
 # ---------------------------------------------------------------- the mesh: all that knows how arrays are laid out

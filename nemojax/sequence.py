@@ -28,6 +28,7 @@ from pallas_kernels.flash_attention import flash_attention
 def documents_before(numbers: Int[Array, "B T"], initial: Int[Array, "B"], cut: Cut) -> Int[Array, "B S"]:
     """The document that is open before each stretch of a row: the one before the row, or at the end of a stretch."""
     width = cut.length // cut.stretches
+    numbers = jnp.pad(numbers, ((0, 0), (0, cut.padding)))
     ends = documents.current(numbers, initial)[:, width - 1 :: width]
     return jnp.concatenate([initial[:, None], ends], axis=1)[:, : cut.stretches]
 

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from nemojax.axis import Axis
 from nemojax.config import Config
@@ -134,7 +134,7 @@ def _show(sizes: Mapping[str, int]) -> str:
     return ",".join(f"{name}={size}" for name, size in sizes.items() if size > 1) or "of one device"
 
 
-def describe(mesh: Mesh) -> str:
+def describe(mesh: Mesh | AbstractMesh) -> str:
     """The mesh as `make_mesh` reads it, axes of size 1 left out."""
     return _show(dict(mesh.shape))
 
@@ -142,7 +142,7 @@ def describe(mesh: Mesh) -> str:
 # ---------------------------------------------------------------------------------------- parameters and caches
 
 
-def partition(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh, what: str) -> PartitionSpec:
+def partition(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh, what: str) -> PartitionSpec:
     """Partition of an array with these logical axes.
 
     Raises:
@@ -160,19 +160,19 @@ def partition(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh, what
     return PartitionSpec(*chosen)
 
 
-def _mesh_axis(logical: str | None, size: int, mesh: Mesh) -> str | tuple[str, ...] | None:
+def _mesh_axis(logical: str | None, size: int, mesh: Mesh | AbstractMesh) -> str | tuple[str, ...] | None:
     if logical == "kv_heads" and not _kv_heads_split(size, mesh):
         return None
     return RULES.get(logical)
 
 
-def _kv_heads_split(kv_heads: int, mesh: Mesh) -> bool:
+def _kv_heads_split(kv_heads: int, mesh: Mesh | AbstractMesh) -> bool:
     """Whether key/value heads are split. Where there are fewer than shards, each shard has all: they are small."""
     shards = mesh.shape["tensor"]
     return shards <= kv_heads or shards % kv_heads > 0
 
 
-def param_partitions(config: Config, mesh: Mesh) -> dict[str, Any]:
+def param_partitions(config: Config, mesh: Mesh | AbstractMesh) -> dict[str, Any]:
     """Partition of every parameter, as a tree like the parameters.
 
     Raises:
@@ -182,7 +182,7 @@ def param_partitions(config: Config, mesh: Mesh) -> dict[str, Any]:
     return unflatten([(path, partition(s.axes, s.shape, mesh, f"parameter {path}")) for path, s in leaves])
 
 
-def param_shardings(config: Config, mesh: Mesh) -> dict[str, Any]:
+def param_shardings(config: Config, mesh: Mesh | AbstractMesh) -> dict[str, Any]:
     """Sharding of every parameter, as a tree like the parameters.
 
     Raises:
@@ -205,7 +205,7 @@ class Cut:
       stretches: parts into which the tokens of a row are split.
     """
 
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
     config: Config
     batch: int
     rows: tuple[str, ...]
@@ -214,7 +214,7 @@ class Cut:
     stretches: int
 
     @classmethod
-    def of(cls, mesh: Mesh, config: Config, batch: int, length: int, *, pad: bool = True) -> Cut:
+    def of(cls, mesh: Mesh | AbstractMesh, config: Config, batch: int, length: int, *, pad: bool = True) -> Cut:
         """The cut of a call of `batch` rows of `length` tokens.
 
         Rows are split over data and expert where they divide, over one of them where only that divides, and else
@@ -247,6 +247,10 @@ class Cut:
             kv_heads_split=_kv_heads_split(self.config.num_key_value_heads, self.mesh),
             dispatch=dispatch,
         )
+
+    def whole_rows(self, array: jax.Array) -> jax.Array:
+        """The small array [B, ...] with whole rows on every shard: computing it again beats exchanging it."""
+        return jax.lax.with_sharding_constraint(array, self.shardings(PartitionSpec("batch")))
 
     def slots(self, max_len: int) -> int:
         """Cache slots, rounded up so that they divide."""
@@ -304,5 +308,5 @@ def _is_spec(tree: Any) -> bool:
     return isinstance(tree, PartitionSpec)
 
 
-def _size(mesh: Mesh, axes: Sequence[str]) -> int:
+def _size(mesh: Mesh | AbstractMesh, axes: Sequence[str]) -> int:
     return math.prod(mesh.shape[name] for name in axes)

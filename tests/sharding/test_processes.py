@@ -1,6 +1,7 @@
 """Two processes with half of the devices each: load, forward and generate give what one process gives."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -27,6 +28,7 @@ def start(checkpoint, mesh, out, processes=2):
         subprocess.Popen(
             [*command, str(processes), str(index), str(out)],
             cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
