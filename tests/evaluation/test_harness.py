@@ -167,20 +167,31 @@ def test_a_run_goes_on_where_it_stopped(folder, whole, sign):
     assert answers.read_bytes().count(b"\n") == 160
 
 
-def test_two_processes_give_the_same_scores(folder, whole):
+MESH = ["--mesh", "data=2,expert=4", "--batch-size", "8"]
+
+
+def test_eight_devices_give_the_same_scores(folder, whole):
+    output = folder / "mesh"
+    arguments = command(folder, "--output", str(output), *MESH)
+    done = subprocess.run(arguments, env=ENVIRONMENT | {"JAX_NUM_CPU_DEVICES": "8"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert scores(results(output)) == pytest.approx(scores(whole), abs=1e-4)
+
+
+def test_two_processes_with_half_of_the_devices_give_the_same_scores(folder, whole):
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         address = f"localhost:{probe.getsockname()[1]}"
     output = folder / "two"
+    processes = ["--coordinator", address, "--processes", "2"]
     start = lambda i: subprocess.Popen(
-        command(folder, "--output", str(output), "--coordinator", address, "--processes", "2", "--process", str(i)),
-        env=ENVIRONMENT,
+        command(folder, "--output", str(output), *MESH, *processes, "--process", str(i)),
+        env=ENVIRONMENT | {"JAX_NUM_CPU_DEVICES": "4"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
-    processes = [start(i) for i in range(2)]
-    for process in processes:
+    for process in [start(i) for i in range(2)]:
         text = process.communicate(timeout=300)[0]
         assert process.returncode == 0, text[-3000:]
     assert scores(results(output)) == pytest.approx(scores(whole), abs=1e-4)

@@ -1,46 +1,14 @@
 """Two processes with half of the devices each: load, forward and generate give what one process gives."""
 
-import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 import jax
 import numpy as np
 import pytest
+from processes import ROOT, start
 
 import nemojax
 from convert.stream import convert
 
-ROOT = Path(__file__).parent.parent.parent
 TINY = ROOT / "experiments/nemotron_tiny/model"
-
-
-def start(checkpoint, mesh, out, processes=2):
-    """Runs `two_processes.py`; returns what each process printed."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        address = f"localhost:{probe.getsockname()[1]}"
-    command = [sys.executable, str(ROOT / "tests/sharding/two_processes.py"), str(checkpoint), mesh, address]
-    running = [
-        subprocess.Popen(
-            [*command, str(processes), str(index), str(out)],
-            cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for index in range(processes)
-    ]
-    printed = []
-    for process in running:
-        out, err = process.communicate(timeout=300)
-        assert process.returncode == 0, err[-3000:]
-        printed.append(json.loads(out.splitlines()[-1]))
-    return printed
 
 
 @pytest.fixture(scope="module")
