@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 def test_python_blocks_run(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     session = {}
     for block in blocks:
         exec(block, session)

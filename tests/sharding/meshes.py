@@ -60,8 +60,14 @@ def jit(function, **options):
     return jax.jit(function, compiler_options=FAST_COMPILE, **options)
 
 
-def call(mesh: str | None, tokens: Any, segment_ids: Any = None, cache: Any = None, *, dispatch=None, **options):
+@functools.cache
+def compiled(mesh: str | None, options: tuple[tuple[str, Any], ...]):
+    """`run(params, tokens, segment_ids, cache)`, compiled once a shape."""
+    model, _ = on(mesh)
+    return jit(lambda params, *arrays: model.apply({"params": params}, *arrays, **dict(options)))
+
+
+def call(mesh: str | None, tokens: Any, segment_ids: Any = None, cache: Any = None, **options: Any):
     """One compiled call of the model."""
-    model, params = on(mesh, dispatch)
-    run = jit(lambda params, *arrays: model.apply({"params": params}, *arrays, **options))
-    return jax.tree.map(np.asarray, run(params, tokens, segment_ids, cache))
+    run = compiled(mesh, tuple(options.items()))
+    return jax.tree.map(np.asarray, run(on(mesh)[1], tokens, segment_ids, cache))

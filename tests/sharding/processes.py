@@ -30,9 +30,11 @@ def start(checkpoint: Path, mesh: str, out: Path | None, processes: int = 2) -> 
         )
         for index in range(processes)
     ]
-    printed = []
-    for process in running:
-        out, err = process.communicate(timeout=300)
+    try:
+        printed = [process.communicate(timeout=300) for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    for process, (_, err) in zip(running, printed, strict=True):
         assert process.returncode == 0, err[-3000:]
-        printed.append(json.loads(out.splitlines()[-1]))
-    return printed
+    return [json.loads(next(line for line in out.splitlines() if line.startswith("{"))) for out, _ in printed]
