@@ -376,12 +376,94 @@ def to_rows(tiles, weights, plan: Plan, scale, dtype) -> jax.Array:
     return _launch(expert_mlp_to_rows, operands, out, blocks, a_shape, b_shape, (buffers,))
 
 
-def relu_squared(x):
+def per_expert(tiles, rows, plan: Plan, experts: int) -> jax.Array:
+    """`out[e] = (tiles of e)^T @ (rows of e)`: tiles [tiles * tile rows, M], rows [R, N] -> [E, M, N].
+
+    Rows of a tile that are not the expert's must be zero. Zero for experts without rows.
+    """
+    (_, height), (_, width) = tiles.shape, rows.shape
+    blocks = tuning.blocks(2 * MATRIX_ROWS, width, rows.dtype.itemsize)
+    bands, columns = pl.cdiv(height, blocks.rows), pl.cdiv(width, blocks.columns)
+
+    def expert_mlp_per_expert(groups, tiles, rows, out, ring, slots):
+        def item_at(index):
+            expert, local = lax.div(index, bands * columns), lax.rem(index, bands * columns)
+            first, start, end = (groups[expert, i] for i in range(3))
+            row = pl.multiple_of(lax.div(start, _ALIGN) * _ALIGN, _ALIGN)
+            steps = jnp.where(end > start, lax.div(end - row + DEPTH - 1, DEPTH), 0)
+            place = pl.multiple_of(first * plan.rows, _ALIGN)
+            return _Item(expert, lax.rem(local, columns), row, place, lax.div(local, columns), blocks.rows, steps)
+
+        def load(item, k, slot, full):
+            part = lambda start: pl.ds(pl.multiple_of(start + k * DEPTH, _ALIGN), DEPTH)
+            band, column = _cut(item.begin, blocks.rows), _cut(item.column, blocks.columns)
+            plgpu.copy_gmem_to_smem(tiles.at[part(item.place), band], ring.a.at[slot], full)
+            plgpu.copy_gmem_to_smem(rows.at[part(item.row), column], ring.b.at[slot], full)
+
+        def product(acc, slot, thread):
+            mine = ring.a.at[slot, :, _cut(thread, MATRIX_ROWS)]
+            plgpu.wgmma(acc, mine.transpose((1, 0)), ring.b.at[slot])
+
+        def finish(item, thread, acc):
+            band = pl.ds(pl.multiple_of(item.begin * blocks.rows + thread * MATRIX_ROWS, MATRIX_ROWS), MATRIX_ROWS)
+            column = item.column * blocks.columns
+            target = lambda slab, n: out.at[item.expert, band, pl.ds(column + slab * n, n)]
+            _send(acc, slots.at[thread], target)
+
+        _persistent(ring, experts * bands * columns, item_at, load, product, finish, blocks)
+
+    out = jax.ShapeDtypeStruct((experts, height, width), rows.dtype)
+    a_shape, b_shape = (DEPTH, blocks.rows), (DEPTH, blocks.columns)
+    return _launch(expert_mlp_per_expert, (plan.groups, tiles, rows), out, blocks, a_shape, b_shape)
+
+
+def _relu_squared(x):
     return jnp.square(jnp.maximum(x, 0))
 
 
-def forward(x, up, down, weights, group_sizes):
-    rows, experts = x.shape[0], up.shape[0]
-    work = plan(group_sizes, rows, tuning.tile_rows(rows, experts))
-    hidden = to_tiles(x, up, work, relu_squared)
-    return to_rows(hidden, down, work, weights, jnp.float32)
+def _whole_eights(*arrays):
+    """Zero rows added up to a multiple of 8, as TMA needs."""
+    missing = -arrays[0].shape[0] % _ALIGN
+    return [jnp.pad(a, [(0, missing)] + [(0, 0)] * (a.ndim - 1)) if missing else a for a in arrays]
+
+
+def _forward(x, up, down, weights, group_sizes):
+    """See `api.expert_mlp`."""
+    count, experts = x.shape[0], up.shape[0]
+    x, weights = _whole_eights(x, weights)
+    work = plan(group_sizes, x.shape[0], tuning.tile_rows(count, experts))
+    hidden = to_tiles(x, up, work, _relu_squared)
+    return to_rows(hidden, down, work, weights, jnp.float32)[:count]
+
+
+def backward(saved, dy):
+    """Gradients of `expert_mlp`; `saved` are its arguments."""
+    x, up, down, weights, group_sizes = saved
+    count, experts = x.shape[0], up.shape[0]
+    x, dy, weights = _whole_eights(x, dy.astype(x.dtype), weights)
+    work = plan(group_sizes, x.shape[0], 2 * MATRIX_ROWS)
+    row, own = _rows_of_tiles(work)
+    row_weight = jnp.where(own, weights.at[row].get(mode="clip"), 0)[:, None]
+    hidden = to_tiles(x, up, work, _relu_squared).astype(jnp.float32)
+    dhidden = to_tiles(dy, down, work, lambda a: a).astype(jnp.float32)  # before the router weight
+    drelu = jnp.where(own[:, None], 2 * jnp.sqrt(hidden) * dhidden * row_weight, 0).astype(x.dtype)
+    weighted = jnp.where(own[:, None], hidden * row_weight, 0).astype(x.dtype)
+    dweights = jnp.zeros(weights.shape).at[jnp.where(own, row, weights.shape[0])].set(
+        (hidden * dhidden).sum(axis=1), mode="drop"
+    )
+    dx = to_rows(drelu, up, work, jnp.ones_like(weights), x.dtype)
+    dup, ddown = per_expert(drelu, x, work, experts), per_expert(weighted, dy, work, experts)
+    return dx[:count], dup, ddown, dweights[:count].astype(weights.dtype), None
+
+
+def _rows_of_tiles(work):
+    """For each place of the tile layout, the row that it holds and whether that row belongs to the tile's expert."""
+    _, first, start, end = work.tiles.T[..., None]  # [tiles, 1] each
+    tile = jnp.arange(work.tiles.shape[0])[:, None]
+    row = start // _ALIGN * _ALIGN + (tile - first) * work.rows + jnp.arange(work.rows)
+    own = (row >= start) & (row < end) & (tile < work.count[0])
+    return row.reshape(-1), own.reshape(-1)
+
+
+expert_mlp = jax.custom_vjp(_forward)
+expert_mlp.defvjp(lambda *arguments: (_forward(*arguments), arguments), backward)
