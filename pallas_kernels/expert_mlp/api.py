@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
+import jax
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import matvec
 from pallas_kernels.choice import choose
-from pallas_kernels.expert_mlp import reference, xla
+from pallas_kernels.expert_mlp import mosaic_gpu, reference, xla
 
-IMPLEMENTATIONS = {"xla": xla.expert_mlp, "reference": reference.expert_mlp}
-TOKEN_IMPLEMENTATIONS = {"xla": xla.token_mlp, "reference": reference.token_mlp}
+
+@jax.custom_vjp
+def _kernels_on_cuda(*arguments):
+    return jax.lax.platform_dependent(*arguments, cuda=mosaic_gpu.expert_mlp, default=xla.expert_mlp)
+
+
+_kernels_on_cuda.defvjp(
+    lambda *arguments: (_kernels_on_cuda(*arguments), arguments),
+    lambda *saved_and_dy: jax.lax.platform_dependent(*saved_and_dy, cuda=mosaic_gpu.backward, default=xla.backward),
+)
+
+
+def _token_kernels_on_cuda(*arguments):
+    return jax.lax.platform_dependent(*arguments, cuda=mosaic_gpu.token_mlp, default=xla.token_mlp)
+
+
+IMPLEMENTATIONS = {"xla": xla.expert_mlp, "mosaic_gpu": mosaic_gpu.expert_mlp, "reference": reference.expert_mlp}
+TOKEN_IMPLEMENTATIONS = {"xla": xla.token_mlp, "mosaic_gpu": mosaic_gpu.token_mlp, "reference": reference.token_mlp}
 
 
 def expert_mlp(

@@ -39,10 +39,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.expert_mlp import tuning
+from pallas_kernels import matvec
+from pallas_kernels.expert_mlp import tuning, xla
 from pallas_kernels.expert_mlp.tuning import DEPTH, MATRIX_ROWS, Blocks
 
 _ALIGN = 8  # TMA of a swizzled tile starts at a multiple of this many rows
+_SLOTS = 2  # results on their way out
 _PRODUCER_REGISTERS = 40
 _REGISTERS = 512  # of a multiprocessor, for each thread of a warpgroup
 
@@ -242,7 +244,7 @@ def _launch(body, operands, out, blocks, a_shape, b_shape, extra=()):
             _swizzled(operands[-1].dtype, stages, *b_shape),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             plgpu.Barrier(num_arrivals=consumers, num_barriers=stages),
-            _swizzled(out.dtype, consumers, 2, MATRIX_ROWS, 128 // out.dtype.itemsize),
+            _swizzled(out.dtype, consumers, _SLOTS, MATRIX_ROWS, 128 // out.dtype.itemsize),
             *extra,
         ],
     )(*operands)
@@ -255,7 +257,7 @@ def _send(acc, slots, target):
     """
     lanes = slots.shape[-1]
     for slab in range(acc.shape[1] // lanes):
-        slot = slots.at[slab % 2]
+        slot = slots.at[slab % _SLOTS]
         # The slots of the item before are long sent; within an item the other slot may be on its way.
         plgpu.wait_smem_to_gmem(min(slab, 1), wait_read_only=True)
         slot[...] = acc[:, slab * lanes : (slab + 1) * lanes].astype(slots.dtype)
@@ -264,27 +266,40 @@ def _send(acc, slots, target):
         plgpu.copy_smem_to_gmem(slot.at[pl.ds(0, memory.shape[0])], memory)
 
 
-def _send_some(acc, buffer, target, first, count):
-    """Stores `count` rows from `first` on: one copy for every power of two in `count`.
+def _send_rows(acc, factors, slots, buffer, target, first, count):
+    """Stores `count` rows from `first` on, each times its factor.
 
-    The buffer is not swizzled, because a swizzled one can only be cut at multiples of 8 rows.
-    `target(slab, lanes, row, size)` is the memory of `size` rows from `row` on.
+    All 64 at once, or one copy for every power of two in `count`, from a buffer that is not swizzled, because a swizzled
+    one can only be cut at multiples of 8 rows. `target(slab, lanes, row, size)` is the memory of `size` rows from `row` on.
     """
     lanes = buffer.shape[-1]
     for slab in range(acc.shape[1] // lanes):
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        buffer[...] = acc[:, slab * lanes : (slab + 1) * lanes].astype(buffer.dtype)
-        plgpu.commit_smem()
-        row, size = first, MATRIX_ROWS
-        while size:
+        part = acc[:, slab * lanes : (slab + 1) * lanes]
+        part = (part * lax.broadcast_in_dim(factors, part.shape, (0,))).astype(buffer.dtype)
 
-            @pl.when((count & size) != 0)
-            def _(row=row, size=size, slab=slab):
-                memory = target(slab, lanes, row, size)
-                plgpu.copy_smem_to_gmem(buffer.at[pl.ds(row, size)], memory, commit_group=False)
+        def whole(part=part, slab=slab):
+            slot = slots.at[slab % _SLOTS]
+            plgpu.wait_smem_to_gmem(min(slab, 1), wait_read_only=True)
+            slot[...] = part
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(slot, target(slab, lanes, 0, MATRIX_ROWS))
 
-            row, size = row + (count & size), size // 2
-        plgpu.commit_smem_to_gmem_group()
+        def some(part=part, slab=slab):
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            buffer[...] = part
+            plgpu.commit_smem()
+            row, size = first, MATRIX_ROWS // 2
+            while size:
+
+                @pl.when((count & size) != 0)
+                def _(row=row, size=size):
+                    memory = target(slab, lanes, row, size)
+                    plgpu.copy_smem_to_gmem(buffer.at[pl.ds(row, size)], memory, commit_group=False)
+
+                row, size = row + (count & size), size // 2
+            plgpu.commit_smem_to_gmem_group()
+
+        lax.cond(count == MATRIX_ROWS, whole, some)
 
 
 def _cut(index, size):
@@ -294,7 +309,7 @@ def _cut(index, size):
 def to_tiles(rows, weights, plan: Plan, activation: Callable) -> jax.Array:
     """`activation(rows @ weights[e]^T)` in the tile layout: rows [R, K], weights [E, N, K] -> [tiles * tile rows, N]."""
     experts, width, depth = weights.shape
-    blocks = tuning.blocks(plan.rows, width, rows.dtype.itemsize)
+    blocks = tuning.blocks(plan.rows, width, _SLOTS)
     columns = pl.cdiv(width, blocks.columns)
     size = min(blocks.rows, MATRIX_ROWS)
 
@@ -332,7 +347,7 @@ def to_rows(tiles, weights, plan: Plan, scale, dtype) -> jax.Array:
     """
     experts, depth, width = weights.shape
     dtype = jnp.dtype(dtype)
-    blocks = tuning.blocks(plan.rows, width, dtype.itemsize)
+    blocks = tuning.blocks(plan.rows, width, _SLOTS + 1)
     columns = pl.cdiv(width, blocks.columns)
     scale = jnp.pad(scale, (0, blocks.rows + MATRIX_ROWS))  # a tile is read whole
 
@@ -352,17 +367,10 @@ def to_rows(tiles, weights, plan: Plan, scale, dtype) -> jax.Array:
             row, column = pl.multiple_of(item.row + top, _ALIGN), item.column * blocks.columns
             layout = plgpu.Layout.WGMMA.reduce(1)
             factors = plgpu.load(scale.at[pl.ds(row, MATRIX_ROWS)], layout=layout, optimized=False)
-            acc = acc * lax.broadcast_in_dim(factors, acc.shape, (0,))
             first = jnp.maximum(item.begin - top, 0)
             own = jnp.minimum(item.end - top, MATRIX_ROWS) - first
-            part = lambda slab, n: pl.ds(column + slab * n, n)
-            lax.cond(
-                own == MATRIX_ROWS,
-                lambda: _send(acc, slots.at[thread], lambda slab, n: out.at[pl.ds(row, MATRIX_ROWS), part(slab, n)]),
-                lambda: _send_some(
-                    acc, buffers.at[thread], lambda s, n, r, size: out.at[pl.ds(row + r, size), part(s, n)], first, own
-                ),
-            )
+            target = lambda slab, n, r, size: out.at[pl.ds(row + r, size), pl.ds(column + slab * n, n)]
+            _send_rows(acc, factors, slots.at[thread], buffers.at[thread], target, first, own)
 
         item_at = lambda i: _tile_item(
             table, i, experts=experts, columns=columns, depth=depth, tile_rows=blocks.rows
@@ -382,7 +390,7 @@ def per_expert(tiles, rows, plan: Plan, experts: int) -> jax.Array:
     Rows of a tile that are not the expert's must be zero. Zero for experts without rows.
     """
     (_, height), (_, width) = tiles.shape, rows.shape
-    blocks = tuning.blocks(2 * MATRIX_ROWS, width, rows.dtype.itemsize)
+    blocks = tuning.blocks(2 * MATRIX_ROWS, width, _SLOTS)
     bands, columns = pl.cdiv(height, blocks.rows), pl.cdiv(width, blocks.columns)
 
     def expert_mlp_per_expert(groups, tiles, rows, out, ring, slots):
@@ -467,3 +475,23 @@ def _rows_of_tiles(work):
 
 expert_mlp = jax.custom_vjp(_forward)
 expert_mlp.defvjp(lambda *arguments: (_forward(*arguments), arguments), backward)
+
+
+def _token_forward(x, up, down, ids, weights):
+    """One tile a (row, expert) pair, in the order of the experts: an expert chosen twice is read from L2 the second time.
+
+    Each pair has 8 rows of its own, of which the first counts, so nothing has to be sorted but the work list.
+    """
+    (rows, chosen), pairs = ids.shape, ids.size
+    expert, number = ids.reshape(-1), jnp.arange(pairs)
+    # Sorted by counting the pairs that come before: one small kernel, where a sort would be several.
+    earlier = (expert[:, None] > expert) | ((expert[:, None] == expert) & (number[:, None] > number))
+    pair = jnp.where(earlier.sum(axis=1) == number[:, None], number, 0).sum(axis=1)
+    tiles = jnp.stack([expert[pair], number, pair * _ALIGN, pair * _ALIGN + 1], axis=1)
+    work = Plan(tiles.astype(jnp.int32), None, jnp.full(2, pairs, jnp.int32), _ALIGN)
+    hidden = to_tiles(jnp.repeat(x, chosen * _ALIGN, axis=0), up, work, _relu_squared)
+    y = to_rows(hidden, down, work, jnp.repeat(weights.reshape(-1), _ALIGN), jnp.float32)
+    return y.reshape(rows, chosen, _ALIGN, -1)[:, :, 0].sum(axis=1)
+
+
+token_mlp = matvec.with_gradient_of(xla.gathered, _token_forward)

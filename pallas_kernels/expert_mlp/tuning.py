@@ -18,7 +18,7 @@ DEPTH = 64  # elements of the summed dimension in one stage: 128 bytes, the widt
 class Blocks:
     """How one product is cut.
 
-    rows: rows of a tile: 16, 32 or a multiple of 64; under 64, the matrix unit's other rows are computed in vain.
+    rows: rows of a tile: 8, 16, 32, 64 or 128; under 64, the matrix unit's other rows are computed in vain.
     columns: columns of the result in a tile, a multiple of 64 up to 256.
     stages: tiles of both operands in flight.
     """
@@ -33,9 +33,8 @@ class Blocks:
         return max(1, self.rows // MATRIX_ROWS)
 
 
-# (rows of a tile, columns of the result): columns of a tile. Fewer columns than the heuristic's where few experts are
-# at work (decoding): as many tiles as multiprocessors matter more than re-using the rows.
-COLUMNS = {(16, 1856): 128, (16, 2688): 128, (16, 1024): 128, (16, 2048): 128, (16, 5120): 128}
+# (rows of a tile, columns of the result): columns of a tile, where the heuristic is not the best.
+COLUMNS: dict[tuple[int, int], int] = {}
 
 
 def tile_rows(rows: int, experts: int) -> int:
@@ -49,15 +48,19 @@ def tile_rows(rows: int, experts: int) -> int:
     return next((size for size in (16, 32, 64) if span <= size), 128)
 
 
-def blocks(rows: int, width: int, out_bytes: int) -> Blocks:
-    """Blocks of a product with `width` columns from tiles of that many rows, `out_bytes` an element of the result."""
-    columns = COLUMNS.get((rows, width)) or min((256, 192, 128, 64), key=lambda c: -(-width // c) * (c + 32))
+def blocks(rows: int, width: int, slots: int) -> Blocks:
+    """Blocks of a product with `width` columns from tiles of that many rows.
+
+    slots: pieces of the result, 128 bytes a row, that shared memory holds beside the stages.
+    """
+    columns = COLUMNS.get((rows, width)) or _columns(rows, width)
     held = max(MATRIX_ROWS, rows)
-    stage = 2 * DEPTH * (held + columns)
-    free = SHARED_MEMORY - 2048 - epilogue_bytes(held, out_bytes)
-    return Blocks(rows, columns, min(8, free // stage))
+    free = SHARED_MEMORY - 2048 - held * 128 * slots
+    return Blocks(rows, columns, min(8, free // (2 * DEPTH * (held + columns))))
 
 
-def epilogue_bytes(rows: int, out_bytes: int) -> int:
-    """Shared memory for results on their way out: two slots of 128 bytes a row, and one more for float32 rows."""
-    return rows * 128 * (3 if out_bytes == 4 else 2)
+def _columns(rows, width):
+    """Small tiles wait for weights: narrow blocks spread them evenly. Others compute: wide blocks re-use the rows."""
+    if rows < MATRIX_ROWS:
+        return 64 if rows == 8 else 128
+    return min((256, 192, 128, 64), key=lambda columns: -(-width // columns) * (columns + 32))
