@@ -49,14 +49,14 @@ _PRODUCER_REGISTERS = 40
 _REGISTERS = 512  # of a multiprocessor, for each thread of a warpgroup
 
 
-def supports(x: jax.Array, up: jax.Array) -> str | None:
+def supports(x: jax.Array, up: jax.Array, down: jax.Array) -> str | None:
     """Why these kernels cannot run on such arrays, or None if they can."""
     if jax.__version_info__ < (0, 11):
         return f"jax {jax.__version__} is older than 0.11"
-    if x.dtype != jnp.bfloat16 or up.dtype != jnp.bfloat16:
-        return f"x is {x.dtype} and up {up.dtype}, but both must be bfloat16"
+    if not x.dtype == up.dtype == down.dtype == jnp.bfloat16:
+        return f"x is {x.dtype}, up {up.dtype} and down {down.dtype}, but all must be bfloat16"
     if up.shape[1] % DEPTH or up.shape[2] % DEPTH:
-        return f"widths {up.shape[1]} and {up.shape[2]} must be multiples of {DEPTH}"
+        return f"the widths {up.shape[1]} and {up.shape[2]} are not both multiples of {DEPTH}"
     if x.shape[0] == 0:
         return "there are no rows"
     return None
@@ -67,13 +67,13 @@ class Plan(NamedTuple):
 
     tiles: int32 [tiles, 4]: expert, first tile of the expert, first row of the expert, its end; beyond the last group, the
       expert is the number of experts.
-    groups: int32 [E, 3]: the last three by expert.
+    groups: int32 [E, 3]: the last three by expert; None where only `to_tiles` and `to_rows` follow.
     count: int32 [2]: tiles of experts, tiles in all.
     rows: rows of a tile.
     """
 
     tiles: jax.Array
-    groups: jax.Array
+    groups: jax.Array | None
     count: jax.Array
     rows: int
 

@@ -144,9 +144,10 @@ def test_token_mlp_equals_expert_mlp():
         (dict(down=random(1, EXPERTS, 9, FEATURES)), r"down \(5, 9, 6\).* do not fit together"),
         (dict(weights=random(1, 9)), r"weights \(9,\).* do not fit together"),
         (dict(group_sizes=np.zeros(4, np.int32)), r"group_sizes \(4,\) do not fit together"),
-        (dict(implementation="cuda"), "'cuda' does not exist; known: xla, reference"),
+        (dict(implementation="cuda"), "'cuda' does not exist; known: xla, mosaic_gpu, reference"),
+        (dict(implementation="mosaic_gpu"), "'mosaic_gpu' cannot run: x is float32.*must be bfloat16; use 'xla'"),
     ],
-    ids=["features", "width", "rows", "experts", "unknown-implementation"],
+    ids=["features", "width", "rows", "experts", "unknown-implementation", "unsupported-implementation"],
 )
 def test_what_does_not_fit_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
@@ -159,7 +160,7 @@ def test_what_does_not_fit_is_refused(changes, message):
     [
         (dict(ids=np.zeros((2, 3), np.int32)), r"ids \(2, 3\) and weights \(2, 2\) do not fit together"),
         (dict(x=random(1, 3, FEATURES)), r"x \(3, 6\).* do not fit together"),
-        (dict(implementation="cuda"), "'cuda' does not exist; known: xla, reference"),
+        (dict(implementation="cuda"), "'cuda' does not exist; known: xla, mosaic_gpu, reference"),
     ],
     ids=["choices", "rows", "unknown-implementation"],
 )
