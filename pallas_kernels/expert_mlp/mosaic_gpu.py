@@ -330,9 +330,7 @@ def to_tiles(rows, weights, plan: Plan, activation: Callable) -> jax.Array:
             column = item.column * blocks.columns
             _send(activation(acc), slots.at[thread], lambda slab, n: out.at[place, pl.ds(column + slab * n, n)])
 
-        item_at = lambda i: _tile_item(
-            tiles, i, experts=experts, columns=columns, depth=depth, tile_rows=blocks.rows
-        )
+        item_at = lambda i: _tile_item(tiles, i, experts=experts, columns=columns, depth=depth, tile_rows=blocks.rows)
         _persistent(ring, count[0] * columns, item_at, load, product, finish, blocks)
 
     out = jax.ShapeDtypeStruct((plan.tiles.shape[0] * blocks.rows, width), rows.dtype)
@@ -372,9 +370,7 @@ def to_rows(tiles, weights, plan: Plan, scale, dtype) -> jax.Array:
             target = lambda slab, n, r, size: out.at[pl.ds(row + r, size), pl.ds(column + slab * n, n)]
             _send_rows(acc, factors, slots.at[thread], buffers.at[thread], target, first, own)
 
-        item_at = lambda i: _tile_item(
-            table, i, experts=experts, columns=columns, depth=depth, tile_rows=blocks.rows
-        )
+        item_at = lambda i: _tile_item(table, i, experts=experts, columns=columns, depth=depth, tile_rows=blocks.rows)
         _persistent(ring, count[1] * columns, item_at, load, product, finish, blocks)
 
     out = jax.ShapeDtypeStruct((scale.shape[0] - blocks.rows - MATRIX_ROWS, width), dtype)
@@ -456,8 +452,10 @@ def backward(saved, dy):
     dhidden = to_tiles(dy, down, work, lambda a: a).astype(jnp.float32)  # before the router weight
     drelu = jnp.where(own[:, None], 2 * jnp.sqrt(hidden) * dhidden * row_weight, 0).astype(x.dtype)
     weighted = jnp.where(own[:, None], hidden * row_weight, 0).astype(x.dtype)
-    dweights = jnp.zeros(weights.shape).at[jnp.where(own, row, weights.shape[0])].set(
-        (hidden * dhidden).sum(axis=1), mode="drop"
+    dweights = (
+        jnp.zeros(weights.shape)
+        .at[jnp.where(own, row, weights.shape[0])]
+        .set((hidden * dhidden).sum(axis=1), mode="drop")
     )
     dx = to_rows(drelu, up, work, jnp.ones_like(weights), x.dtype)
     dup, ddown = per_expert(drelu, x, work, experts), per_expert(weighted, dy, work, experts)

@@ -43,9 +43,9 @@ def test_forward(shape):
     assert all(map(fits, report.kernels)), report.kernels
 
 
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_backward(shape):
-    x, *others = arrays(*shape)
+@pytest.mark.parametrize("name", ["nano-8k-tokens", "nano-7-tokens", "super-8k-tokens", "ultra-8k-tokens"])
+def test_backward(name):
+    x, *others = arrays(*SHAPES[name])
     dy = jax.ShapeDtypeStruct(x.shape, jnp.float32)
     report = compile_for_h100(lambda dy, *saved: mosaic_gpu.backward(saved, dy), dy, x, *others)
     assert [k.name for k in report.kernels] == [PER_EXPERT] * 2 + [TO_ROWS] + [TO_TILES] * 2
