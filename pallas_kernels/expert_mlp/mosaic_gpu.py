@@ -188,6 +188,7 @@ def _consume(ring, mine, item_at, product, finish, thread, blocks):
         item = item_at(i)
         slot_of = lambda k: lax.rem(step + k, blocks.stages)
         release = lambda k: plgpu.barrier_arrive(ring.empty.at[slot_of(k)])
+        top = thread * blocks.consumer_rows
 
         def pass_on():
             @pl.loop(0, item.steps)
@@ -195,22 +196,25 @@ def _consume(ring, mine, item_at, product, finish, thread, blocks):
                 plgpu.barrier_wait(ring.full.at[slot_of(k)])
                 release(k)
 
-        def multiply(acc):
-            @pl.loop(0, item.steps)
-            def _(k):
-                plgpu.barrier_wait(ring.full.at[slot_of(k)])
-                product(acc, slot_of(k), thread)
-                plgpu.wgmma_wait(1)
-                pl.when(k > 0)(lambda: release(k - 1))
+        def compute(rows):
+            def multiply(acc):
+                @pl.loop(0, item.steps)
+                def _(k):
+                    plgpu.barrier_wait(ring.full.at[slot_of(k)])
+                    product(acc, slot_of(k), pl.ds(pl.multiple_of(top, MATRIX_ROWS), rows))
+                    plgpu.wgmma_wait(1)
+                    pl.when(k > 0)(lambda: release(k - 1))
 
-            return acc[...]
+                return acc[...]
 
-        def compute():
-            acc = pl.run_scoped(multiply, plgpu.ACC((MATRIX_ROWS, blocks.columns), jnp.float32))
+            result = pl.run_scoped(multiply, plgpu.ACC((rows, blocks.columns), jnp.float32))
             pl.when(item.steps > 0)(lambda: release(item.steps - 1))
-            finish(item, thread, acc)
+            for part in range(0, rows, MATRIX_ROWS):
+                finish(item, thread, top + part, result[part : part + MATRIX_ROWS])
 
-        lax.cond(item.end > thread * MATRIX_ROWS, compute, pass_on)
+        options = [pass_on] + [lambda rows=rows: compute(rows) for rows in blocks.row_choices]
+        needed = lax.div(item.end - top + MATRIX_ROWS - 1, MATRIX_ROWS)
+        lax.switch(jnp.clip(needed, 0, len(options) - 1), options)
         return step + item.steps
 
     lax.fori_loop(0, mine, one, 0)
@@ -274,20 +278,20 @@ def _send_rows(acc, factors, slots, buffer, target, first, count):
     """
     lanes = buffer.shape[-1]
     for slab in range(acc.shape[1] // lanes):
-        part = acc[:, slab * lanes : (slab + 1) * lanes]
-        part = (part * lax.broadcast_in_dim(factors, part.shape, (0,))).astype(buffer.dtype)
+        def fill(place, slab=slab):
+            part = acc[:, slab * lanes : (slab + 1) * lanes]
+            place[...] = (part * lax.broadcast_in_dim(factors, part.shape, (0,))).astype(place.dtype)
+            plgpu.commit_smem()
 
-        def whole(part=part, slab=slab):
+        def whole(slab=slab, fill=fill):
             slot = slots.at[slab % _SLOTS]
             plgpu.wait_smem_to_gmem(min(slab, 1), wait_read_only=True)
-            slot[...] = part
-            plgpu.commit_smem()
+            fill(slot)
             plgpu.copy_smem_to_gmem(slot, target(slab, lanes, 0, MATRIX_ROWS))
 
-        def some(part=part, slab=slab):
+        def some(slab=slab, fill=fill):
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            buffer[...] = part
-            plgpu.commit_smem()
+            fill(buffer)
             row, size = first, MATRIX_ROWS // 2
             while size:
 
@@ -321,12 +325,11 @@ def to_tiles(rows, weights, plan: Plan, activation: Callable) -> jax.Array:
             column = _cut(item.column, blocks.columns)
             plgpu.copy_gmem_to_smem(weights.at[item.expert, column, part], ring.b.at[slot], full)
 
-        def product(acc, slot, thread):
-            mine = ring.a.at[slot, _cut(thread, MATRIX_ROWS)]
-            plgpu.wgmma(acc, mine, ring.b.at[slot].transpose((1, 0)))
+        def product(acc, slot, part):
+            plgpu.wgmma(acc, ring.a.at[slot, part], ring.b.at[slot].transpose((1, 0)))
 
-        def finish(item, thread, acc):
-            place = pl.ds(pl.multiple_of(item.place + thread * MATRIX_ROWS, _ALIGN), size)
+        def finish(item, thread, top, acc):
+            place = pl.ds(pl.multiple_of(item.place + top, _ALIGN), size)
             column = item.column * blocks.columns
             _send(activation(acc), slots.at[thread], lambda slab, n: out.at[place, pl.ds(column + slab * n, n)])
 
@@ -357,11 +360,10 @@ def to_rows(tiles, weights, plan: Plan, scale, dtype) -> jax.Array:
             column = _cut(item.column, blocks.columns)
             plgpu.copy_gmem_to_smem(weights.at[item.expert, part, column], ring.b.at[slot], full)
 
-        def product(acc, slot, thread):
-            plgpu.wgmma(acc, ring.a.at[slot, _cut(thread, MATRIX_ROWS)], ring.b.at[slot])
+        def product(acc, slot, part):
+            plgpu.wgmma(acc, ring.a.at[slot, part], ring.b.at[slot])
 
-        def finish(item, thread, acc):
-            top = thread * MATRIX_ROWS
+        def finish(item, thread, top, acc):
             row, column = pl.multiple_of(item.row + top, _ALIGN), item.column * blocks.columns
             layout = plgpu.Layout.WGMMA.reduce(1)
             factors = plgpu.load(scale.at[pl.ds(row, MATRIX_ROWS)], layout=layout, optimized=False)
@@ -404,12 +406,11 @@ def per_expert(tiles, rows, plan: Plan, experts: int) -> jax.Array:
             plgpu.copy_gmem_to_smem(tiles.at[part(item.place), band], ring.a.at[slot], full)
             plgpu.copy_gmem_to_smem(rows.at[part(item.row), column], ring.b.at[slot], full)
 
-        def product(acc, slot, thread):
-            mine = ring.a.at[slot, :, _cut(thread, MATRIX_ROWS)]
-            plgpu.wgmma(acc, mine.transpose((1, 0)), ring.b.at[slot])
+        def product(acc, slot, part):
+            plgpu.wgmma(acc, ring.a.at[slot, :, part].transpose((1, 0)), ring.b.at[slot])
 
-        def finish(item, thread, acc):
-            band = pl.ds(pl.multiple_of(item.begin * blocks.rows + thread * MATRIX_ROWS, MATRIX_ROWS), MATRIX_ROWS)
+        def finish(item, thread, top, acc):
+            band = pl.ds(pl.multiple_of(item.begin * blocks.rows + top, MATRIX_ROWS), MATRIX_ROWS)
             column = item.column * blocks.columns
             target = lambda slab, n: out.at[item.expert, band, pl.ds(column + slab * n, n)]
             _send(acc, slots.at[thread], target)
@@ -445,7 +446,7 @@ def backward(saved, dy):
     x, up, down, weights, group_sizes = saved
     count, experts = x.shape[0], up.shape[0]
     x, dy, weights = _whole_eights(x, dy.astype(x.dtype), weights)
-    work = plan(group_sizes, x.shape[0], 2 * MATRIX_ROWS)
+    work = plan(group_sizes, x.shape[0], max(MATRIX_ROWS, tuning.tile_rows(count, experts)))
     row, own = _rows_of_tiles(work)
     row_weight = jnp.where(own, weights.at[row].get(mode="clip"), 0)[:, None]
     hidden = to_tiles(x, up, work, _relu_squared).astype(jnp.float32)

@@ -12,16 +12,16 @@ from pallas_kernels.expert_mlp import expert_mlp, mosaic_gpu, reference, token_m
 
 pytestmark = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the interpreter needs jax 0.11")
 
-FEATURES, WIDTH, SMALL, LARGE = 128, 192, 44, 220
+FEATURES, WIDTH, SMALL, LARGE = 128, 192, 44, 320
 
 
 @pytest.fixture(autouse=True, scope="module")
 def interpreter():
-    """Two multiprocessors, each with three stages; tiles of 16 rows where there are few, else of 128."""
+    """Two multiprocessors, each with three stages; tiles of 16 rows where there are few, else of 256."""
     jax.clear_caches()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tuning, "SMS", 2)
-        patch.setattr(tuning, "tile_rows", lambda rows, experts: 16 if rows <= SMALL else 128)
+        patch.setattr(tuning, "tile_rows", lambda rows, experts: 16 if rows <= SMALL else 256)
         patch.setattr(tuning, "blocks", lambda rows, width, slots: tuning.Blocks(rows, 128, 3))
         with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
             yield
@@ -78,7 +78,7 @@ def test_small_tiles(group_sizes, races_found):
 
 
 @pytest.mark.parametrize(
-    "group_sizes", [[70, 0, 130], [128, 64, 3]], ids=["partly-filled-and-rows-beyond", "whole-tiles"]
+    "group_sizes", [[70, 0, 230], [256, 60, 3]], ids=["partly-filled-and-rows-beyond", "whole-tiles"]
 )
 def test_tiles_of_two_consumers(group_sizes, races_found):
     check(group_sizes, LARGE, races_found)
