@@ -1,35 +1,36 @@
-"""Grouped expert MLP for Hopper (Mosaic GPU): bfloat16 in, float32 sums, wgmma fed by TMA.
+"""Grouped expert MLP for Hopper (Mosaic GPU): bfloat16 in, float32 sums, wgmma fed by TMA. Not timed yet.
 
 Three products, each one persistent kernel:
 
-    to_tiles   tiles[t] = f(rows of tile t @ weights[e]^T)       up projection and squared ReLU; dy -> d(hidden)
-    to_rows    rows of tile t = scale * (tiles[t] @ weights[e])  down projection and router weight; d(relu) -> dx
-    per_expert out[e] = (tiles of e)^T @ (rows of e)             gradients of both weights
+    to_tiles    tiles[t] = f(rows of tile t @ weights[e]^T)       up projection and squared ReLU; dy -> d(hidden)
+    to_rows     rows of tile t = scale * (tiles[t] @ weights[e])  down projection and router weight; d(relu) -> dx
+    per_expert  out[e] = (tiles of e)^T @ (rows of e)             gradients of both weights
 
-**Tiles.** Group sizes are known on the device only, so the work list is an array (`plan`), computed in plain JAX: tile
--> (expert, its first tile, its first row, its end). Every group is cut into tiles of `rows` rows that start at a multiple of
-8, as TMA requires: up to 7 rows of the group before, and rows of the group after, are computed in vain and not
-stored. Empty groups have no tile. The hidden units keep the layout of the tiles, so only float32 rows at the very end have to
-be stored row by row. Rows beyond the last group are one more group, of tiles that store zeros without computing.
+**Tiles.** Group sizes are known on the device only, so the work list is an array that plain JAX computes (`plan`): each
+group is cut into tiles of `rows` rows that start at a multiple of 8, as TMA wants it. Up to 7 rows of the group before,
+and rows of the group after, are computed in vain and not stored. An empty group has no tile. The hidden units keep the
+layout of the tiles, so only `to_rows` stores part of a tile. Rows beyond the last group are one more group, of tiles
+that store zeros without computing.
 
-**Kernel.** One thread block a multiprocessor. A producer warpgroup walks over the block's items (tile, column block) and over
-the summed dimension and fills a ring of `stages` buffers by TMA; it runs ahead across items, so the ring never drains.
-One or two consumer warpgroups multiply 64 rows each (wgmma reads both operands from shared memory; one product stays in
-flight) and send results out by TMA from small double buffers. A consumer whose 64 rows are all beyond the group only
-passes the buffers on, so a group costs matrix time in steps of 64 rows. Items are ordered expert, column block, tile:
-tiles that need the same weights run at the same time and find them in L2.
+**Kernel.** One thread block a multiprocessor. A producer warpgroup walks over the block's items (tile, column block)
+and over the summed dimension and fills a ring of stages by TMA; it runs ahead across items, so the ring never drains.
+One or two consumer warpgroups multiply, each its rows of the tile (wgmma reads both operands from shared memory, one
+product stays in flight), and send results out by TMA from small double buffers. A consumer multiplies only as many
+times 64 rows as hold rows of the group, so a group costs matrix time in steps of 64 rows. Items are ordered expert,
+column block, tile: tiles that need the same weights run at the same time and find them in L2.
 
-**Roofline** (H100: 989 TFLOP/s, 3.35 TB/s), Nano, 8192 tokens, 49,152 rows of 2688, F = 1856, 128 experts: 0.98 PFLOP are
-0.99 ms; reading 2.55 GB of weights once takes 0.76 ms, rows in and out 0.27 ms more. At 64 tokens (3 rows an expert) only
-the weights count, 0.73 ms: the tiles have 16 rows, and it matters only that bytes are in flight all the time.
+**Roofline** (H100: 989 TFLOP/s, 3.35 TB/s), Nano, 8192 tokens: 49,152 rows of 2688, F = 1856, 128 experts. 0.98 TFLOP
+are 0.99 ms; 2.55 GB of weights are 0.76 ms of memory, rows in and out 0.24 ms, hidden units 0.11 ms. Steps of 64 rows
+add 9 % to groups of 384, column blocks of 192 add 3 % to F. L2 is the narrow place: a stage of 256 x 192 sums reads
+56 KB for 6.3 MFLOP, 6.2 TB/s at 70 % of the matrix rate (128 x 192 would need 8.8). At 64 tokens, 3 rows an expert,
+only the weights count, 0.73 ms: tiles have 16 rows, and what matters is that 144 KB a multiprocessor are in flight.
 
-**Backward.** Recomputes the hidden units h, multiplies dh = dy @ down^T, and from both in plain JAX
-d(relu) = 2 sqrt(h) dh w and d(w) = sum(dh h), then the other three products. dy, dh and d(relu) are rounded to bfloat16.
+**Backward.** Recomputes the hidden units h, multiplies dh = dy @ down^T, and from both, in plain JAX,
+d(relu) = 2 sqrt(h) dh w and dw = sum(dh h); then the other three products. dy, dh and d(relu) are rounded to bfloat16.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -41,12 +42,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import matvec
 from pallas_kernels.expert_mlp import tuning, xla
-from pallas_kernels.expert_mlp.tuning import DEPTH, MATRIX_ROWS, Blocks
+from pallas_kernels.expert_mlp.tuning import DEPTH, MATRIX_ROWS
 
 _ALIGN = 8  # TMA of a swizzled tile starts at a multiple of this many rows
 _SLOTS = 2  # results on their way out
-_PRODUCER_REGISTERS = 40
-_REGISTERS = 512  # of a multiprocessor, for each thread of a warpgroup
+# Registers of a thread of the producer, and of one or two consumers: together no more than the block has been given.
+_PRODUCER_REGISTERS, _CONSUMER_REGISTERS = 40, {1: 240, 2: 232}
 
 
 def supports(x: jax.Array, up: jax.Array, down: jax.Array) -> str | None:
@@ -65,8 +66,8 @@ def supports(x: jax.Array, up: jax.Array, down: jax.Array) -> str | None:
 class Plan(NamedTuple):
     """The work list, in plain arrays.
 
-    tiles: int32 [tiles, 4]: expert, first tile of the expert, first row of the expert, its end; beyond the last group, the
-      expert is the number of experts.
+    tiles: int32 [tiles, 4]: expert, its first tile, its first row, its end; for rows beyond the last group the expert
+      is the number of experts.
     groups: int32 [E, 3]: the last three by expert; None where only `to_tiles` and `to_rows` follow.
     count: int32 [2]: tiles of experts, tiles in all.
     rows: rows of a tile.
@@ -140,14 +141,13 @@ class _Ring(NamedTuple):
 def _persistent(ring: _Ring, count, item_at: Callable, load: Callable, product: Callable, finish: Callable, blocks):
     """Runs all items of this thread block.
 
-    `load(item, k, slot, barrier)` starts both copies of step k; `product(acc, slot, thread)` multiplies them;
-    `finish(item, thread, acc)` stores the sum.
+    `load(item, k, slot, barrier)` starts both copies of step k; `product(acc, slot, rows)` multiplies these rows of the
+    tile; `finish(item, thread, top, acc)` stores the sums of 64 rows from `top` on.
     """
     block, thread = lax.axis_index("block"), lax.axis_index("thread")
     mine = lax.div(count - block + tuning.SMS - 1, tuning.SMS)
     at = lambda i: item_at(block + i * tuning.SMS)
     consumers, stages = blocks.consumers, blocks.stages
-    per_consumer = (_REGISTERS - _PRODUCER_REGISTERS) // consumers // 8 * 8
 
     @pl.when(thread == consumers)
     def _():
@@ -156,7 +156,7 @@ def _persistent(ring: _Ring, count, item_at: Callable, load: Callable, product: 
 
     @pl.when(thread < consumers)
     def _():
-        plgpu.set_max_registers(min(per_consumer, 240), action="increase")
+        plgpu.set_max_registers(_CONSUMER_REGISTERS[consumers], action="increase")
         _consume(ring, mine, at, product, finish, thread, blocks)
 
 
@@ -271,13 +271,15 @@ def _send(acc, slots, target):
 
 
 def _send_rows(acc, factors, slots, buffer, target, first, count):
-    """Stores `count` rows from `first` on, each times its factor.
+    """Stores `count` rows from `first` on, each times its factor: `_send` for part of 64 rows.
 
-    All 64 at once, or one copy for every power of two in `count`, from a buffer that is not swizzled, because a swizzled
-    one can only be cut at multiples of 8 rows. `target(slab, lanes, row, size)` is the memory of `size` rows from `row` on.
+    All 64 at once, or one copy for every power of two in `count`, from a buffer that is not swizzled, because a
+    swizzled one can only be cut at multiples of 8 rows. `target(slab, lanes, row, size)` is the memory of `size` rows
+    from `row` on.
     """
     lanes = buffer.shape[-1]
     for slab in range(acc.shape[1] // lanes):
+        # Multiplied in each branch: before, all products would take registers from the sums.
         def fill(place, slab=slab):
             part = acc[:, slab * lanes : (slab + 1) * lanes]
             place[...] = (part * lax.broadcast_in_dim(factors, part.shape, (0,))).astype(place.dtype)
@@ -311,7 +313,7 @@ def _cut(index, size):
 
 
 def to_tiles(rows, weights, plan: Plan, activation: Callable) -> jax.Array:
-    """`activation(rows @ weights[e]^T)` in the tile layout: rows [R, K], weights [E, N, K] -> [tiles * tile rows, N]."""
+    """`activation(rows @ weights[e]^T)` as tiles: rows [R, K], weights [E, N, K] -> [tiles * tile rows, N]."""
     experts, width, depth = weights.shape
     blocks = tuning.blocks(plan.rows, width, _SLOTS)
     columns = pl.cdiv(width, blocks.columns)
@@ -342,7 +344,7 @@ def to_tiles(rows, weights, plan: Plan, activation: Callable) -> jax.Array:
 
 
 def to_rows(tiles, weights, plan: Plan, scale, dtype) -> jax.Array:
-    """`scale * (tiles @ weights[e])` back in rows: tiles [tiles * tile rows, K], weights [E, K, N], scale [R] -> [R, N].
+    """`scale * (tiles @ weights[e])` as rows: tiles [tiles * tile rows, K], weights [E, K, N], scale [R] -> [R, N].
 
     Zero beyond the last group.
     """
@@ -477,7 +479,7 @@ expert_mlp.defvjp(lambda *arguments: (_forward(*arguments), arguments), backward
 
 
 def _token_forward(x, up, down, ids, weights):
-    """One tile a (row, expert) pair, in the order of the experts: an expert chosen twice is read from L2 the second time.
+    """One tile a (row, expert) pair, in the order of the experts: a second tile of an expert finds it in L2.
 
     Each pair has 8 rows of its own, of which the first counts, so nothing has to be sorted but the work list.
     """

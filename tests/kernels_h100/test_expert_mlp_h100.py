@@ -55,14 +55,17 @@ def test_backward(name):
 def test_forward_keeps_nothing_but_hidden_units():
     rows, experts, width, features = SHAPES["nano-8k-tokens"]
     report = compile_for_h100(mosaic_gpu.expert_mlp, *arrays(rows, experts, width, features))
-    assert report.temporary_bytes < 2 * width * (rows + experts * 135) + 2**22
+    most_rows = rows + (experts + 1) * (256 + 6)  # each group begins and ends with a tile that is nearly empty
+    assert report.temporary_bytes < 2 * width * most_rows + 2**20
 
 
-@pytest.mark.parametrize("tokens", [1, 5])
-@pytest.mark.parametrize("shape", [(128, 1856, 2688, 6), (512, 2688, 1024, 22), (512, 5120, 2048, 22)],
-                         ids=["nano", "super", "ultra"])  # fmt: skip
-def test_token_mlp_copies_no_weights(tokens, shape):
-    experts, width, features, chosen = shape
+@pytest.mark.parametrize(
+    "tokens, chosen, shape",
+    [(1, 6, (128, 1856, 2688)), (5, 6, (128, 1856, 2688)), (1, 22, (512, 2688, 1024)), (1, 22, (512, 5120, 2048))],
+    ids=["nano", "nano-5-tokens", "super", "ultra"],
+)
+def test_token_mlp_copies_no_weights(tokens, chosen, shape):
+    experts, width, features = shape
     x, up, down, _, _ = arrays(tokens, experts, width, features)
     ids, weights = (jax.ShapeDtypeStruct((tokens, chosen), dtype) for dtype in (jnp.int32, jnp.float32))
     report = compile_for_h100(mosaic_gpu.token_mlp, x, up, down, ids, weights)

@@ -12,16 +12,16 @@ from pallas_kernels.expert_mlp import expert_mlp, mosaic_gpu, reference, token_m
 
 pytestmark = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the interpreter needs jax 0.11")
 
-FEATURES, WIDTH, SMALL, LARGE = 128, 192, 44, 320
+FEATURES, WIDTH, SMALL, MEDIUM, LARGE = 128, 192, 44, 203, 320
 
 
 @pytest.fixture(autouse=True, scope="module")
 def interpreter():
-    """Two multiprocessors, each with three stages; tiles of 16 rows where there are few, else of 256."""
+    """Two multiprocessors, each with three stages; tiles of 16, 64 and 256 rows for the numbers of rows above."""
     jax.clear_caches()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tuning, "SMS", 2)
-        patch.setattr(tuning, "tile_rows", lambda rows, experts: 16 if rows <= SMALL else 256)
+        patch.setattr(tuning, "tile_rows", lambda rows, experts: 16 if rows <= SMALL else 64 if rows <= MEDIUM else 256)
         patch.setattr(tuning, "blocks", lambda rows, width, slots: tuning.Blocks(rows, 128, 3))
         with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
             yield
@@ -98,8 +98,8 @@ def test_rows_beyond_the_last_group_may_hold_anything(races_found):
 
 def test_gradients(races_found):
     """Groups across tile edges, an empty one, rows beyond the last, in a number that 8 does not divide."""
-    group_sizes, rows = jnp.array([70, 0, 130, 1], jnp.int32), 203
-    values, dy = arguments(rows, 4), as_bfloat16(random(4, rows, FEATURES)).astype(jnp.float32)
+    group_sizes, values = jnp.array([70, 0, 130, 1], jnp.int32), arguments(MEDIUM, 4)
+    dy = as_bfloat16(random(4, MEDIUM, FEATURES)).astype(jnp.float32)
     grads = lambda f, *a: jax.jit(lambda *a: jax.vjp(lambda *a: f(*a, group_sizes), *a)[1](dy))(*a)
     actual = grads(mosaic_gpu.expert_mlp, *values)
     expected = grads(reference.expert_mlp, *(a.astype(jnp.float32) for a in values))
