@@ -52,14 +52,14 @@ _PRODUCER_REGISTERS, _CONSUMER_REGISTERS = 40, {1: 240, 2: 232}
 
 def supports(x: jax.Array, up: jax.Array, down: jax.Array) -> str | None:
     """Why these kernels cannot run on such arrays, or None if they can."""
-    if jax.__version_info__ < (0, 11):
-        return f"jax {jax.__version__} is older than 0.11"
     if not x.dtype == up.dtype == down.dtype == jnp.bfloat16:
         return f"x is {x.dtype}, up {up.dtype} and down {down.dtype}, but all must be bfloat16"
     if up.shape[1] % DEPTH or up.shape[2] % DEPTH:
         return f"the widths {up.shape[1]} and {up.shape[2]} are not both multiples of {DEPTH}"
     if x.shape[0] == 0:
         return "there are no rows"
+    if jax.__version_info__ < (0, 11):
+        return f"jax {jax.__version__} is older than 0.11"
     return None
 
 
