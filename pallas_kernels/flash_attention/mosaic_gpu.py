@@ -250,13 +250,20 @@ def _roles(warpgroups, produce, consume):
 
     @pl.when(wg == warpgroups)
     def _producer():
-        plgpu.set_max_registers(40, action="decrease")
+        plgpu.set_max_registers(24, action="decrease")
         produce()
 
     @pl.when(wg < warpgroups)
     def _consumer():
-        plgpu.set_max_registers(232, action="increase")
+        plgpu.set_max_registers(240, action="increase")
         consume(wg)
+
+
+def _drain(count, stages, *barriers):
+    """Waits until the slots of a ring that `count` steps filled are free again: no arrival may be left unseen."""
+    for stage in range(stages):
+        for barrier in barriers:
+            pl.when(stage < count)(lambda b=barrier.at[stage]: plgpu.barrier_wait(b))
 
 
 def _range(ref, *index):
@@ -372,6 +379,8 @@ def _stream_keys(low, high, b, g, refs, s, blocks):
         pl.when(again)(lambda: plgpu.barrier_wait(s.v_free.at[slot]))
         plgpu.copy_gmem_to_smem(v_ref.at[b, keys, g], s.v.at[slot], s.v_ready.at[slot])
 
+    _drain(high - low, blocks.stages, s.k_free, s.v_free)
+
 
 def _softmax_loop(wg, low, high, is_whole, s, blocks, scale):
     """Consumer: out [64, P] and lse [64] of this warpgroup's rows over the key blocks `low` to `high`."""
@@ -399,6 +408,7 @@ def _softmax_loop(wg, low, high, is_whole, s, blocks, scale):
         visible = key <= _across(position, shape)
         if document is not None:
             visible &= _across(document, shape) == _down(_per_column(s.key_document.at[slot]), shape)
+            plgpu.commit_smem()  # what was read here, TMA writes next
         return jnp.where(visible, scores, -jnp.inf)
 
     def step(j, span):
@@ -550,16 +560,20 @@ def _dq_loop(wg, low, high, is_whole, s, blocks, scale):
         visible = key <= _across(position, shape)
         if document is not None:
             visible &= _across(document, shape) == _down(_per_column(s.key_document.at[slot]), shape)
+            plgpu.commit_smem()  # what was read here, TMA writes next
         return jnp.where(visible, scores, -jnp.inf)
 
     def step(j, dq):
         slot = lax.rem(j - low, blocks.stages)
         plgpu.barrier_wait(s.k_ready.at[slot])
         plgpu.barrier_wait(s.v_ready.at[slot])
-        scores, dp = _products((s.q.at[wg], s.k.at[slot]), (s.d_out.at[wg], s.v.at[slot]))
-        plgpu.barrier_arrive(s.v_free.at[slot])
+        pairs = (s.q.at[wg], s.k.at[slot]), (s.d_out.at[wg], s.v.at[slot])
+        # The mask of documents needs registers that dp would hold.
+        scores, *dp = _products(*(pairs if document is None else pairs[:1]))
         scores = lax.cond(is_whole(j), lambda x: x, lambda x: masked(x, j, slot), scores)
         p = jnp.exp2(scores * (scale * LOG2E) - _across(lse, shape))
+        [dp] = dp or _products(pairs[1])
+        plgpu.barrier_arrive(s.v_free.at[slot])
         ds = p * (dp - _across(row_sum, shape))
         [dq] = _accumulate((dq, ds.astype(jnp.bfloat16), s.k.at[slot]))
         plgpu.barrier_arrive(s.k_free.at[slot])
@@ -635,10 +649,13 @@ def _dkv_kernel(q, k, v, d_out, lse, row_sum, view, blocks):
                 for source, target in zip(sources, targets, strict=True):
                     plgpu.copy_gmem_to_smem(source, target.at[slot], s.q_ready.at[slot])
 
+            _drain(steps, blocks.query_stages, s.q_free)
+
         def consume(wg):
             is_whole = lambda step: (block_of(step) >= whole_first) & (block_of(step) < whole_end)
             key = (tile * 2 + wg) * ROWS
-            for out, ref in zip(_dkv_loop(wg, steps, key, is_whole, s, blocks, width**-0.5), (dk_ref, dv_ref)):
+            sums = _dkv_loop(wg, steps, key, is_whole, s, blocks, width**-0.5)
+            for out, ref in zip(sums, (dk_ref, dv_ref), strict=True):
                 s.out[wg] = out
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(s.out.at[wg], ref.at[b, keys_of(wg), part])
@@ -675,6 +692,7 @@ def _dkv_loop(wg, steps, key, is_whole, s, blocks, scale):
         ds = p * (dp - _down(_per_column(s.row_sum.at[slot]), shape))
         bf16 = lambda x: x.astype(jnp.bfloat16)
         dk, dv = _accumulate((dk, bf16(ds), s.q.at[slot]), (dv, bf16(p), s.d_out.at[slot]))
+        plgpu.commit_smem()  # what was read here, TMA writes next
         plgpu.barrier_arrive(s.q_free.at[slot])
         return dk, dv
 
