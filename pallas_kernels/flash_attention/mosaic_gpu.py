@@ -270,6 +270,17 @@ def _range(ref, *index):
     return [ref[(*index, i)] for i in range(4)]
 
 
+def _mask(scores, wg, key, slot, s):
+    """Scores [rows, keys] of this warpgroup's rows and the block in `slot`, which begins at `key`."""
+    position = _across(_per_row(s.position.at[wg]), scores.shape)
+    visible = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=plgpu.Layout.WGMMA) + key <= position
+    if s.document is not None:
+        document = _across(_per_row(s.document.at[wg]), scores.shape)
+        visible &= document == _down(_per_column(s.key_document.at[slot]), scores.shape)
+        plgpu.commit_smem()  # what was read here, TMA writes next
+    return jnp.where(visible, scores, -jnp.inf)
+
+
 def _clear_pads(v, key_document):
     """Zeros where nothing may be seen: there p is 0, but 0 * nan would not be. One warpgroup alone may do this."""
     keep = _across(_per_row(key_document), v.shape) > 0
@@ -400,23 +411,12 @@ def _softmax_loop(wg, low, high, is_whole, s, blocks, scale):
         await_turn()
 
     plgpu.barrier_wait(s.q_ready)
-    position = _per_row(s.position.at[wg])
-    document = None if s.document is None else _per_row(s.document.at[wg])
-
-    def masked(scores, j, slot):
-        key = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA) + j * blocks.keys
-        visible = key <= _across(position, shape)
-        if document is not None:
-            visible &= _across(document, shape) == _down(_per_column(s.key_document.at[slot]), shape)
-            plgpu.commit_smem()  # what was read here, TMA writes next
-        return jnp.where(visible, scores, -jnp.inf)
-
     def step(j, span):
         m, l, o = span
         slot = lax.rem(j - low, blocks.stages)
         plgpu.barrier_wait(s.k_ready.at[slot])
         [scores] = _products((s.q.at[wg], s.k.at[slot]), issued=pass_turn)
-        scores = lax.cond(is_whole(j), lambda x: x, lambda x: masked(x, j, slot), scores)
+        scores = lax.cond(is_whole(j), lambda x: x, lambda x: _mask(x, wg, j * blocks.keys, slot, s), scores)
         if not clear:
             plgpu.barrier_arrive(s.k_free.at[slot])
         m_new = jnp.maximum(m, scores.max(axis=1) * scale)
@@ -454,7 +454,7 @@ def _attend_backward(saved, cotangents):
     d_out, d_lse = cotangents
     batch, length, heads, _ = q.shape
     size, groups = k.shape[1:3]
-    blocks = tuning.backward(batch, length, size, heads, groups)
+    blocks = tuning.backward(batch, length, size, heads, groups, documents is not None)
     if documents is not None:
         k, v = _without_pads(k, key_documents), _without_pads(v, key_documents)
     seen = jnp.isfinite(lse)
@@ -552,28 +552,16 @@ def _dq_loop(wg, low, high, is_whole, s, blocks, scale):
     """Consumer: dq [64, P] of this warpgroup's rows."""
     shape = (ROWS, blocks.keys)
     plgpu.barrier_wait(s.q_ready)
-    lse, row_sum, position = (_per_row(ref.at[wg]) for ref in (s.lse, s.row_sum, s.position))
-    document = None if s.document is None else _per_row(s.document.at[wg])
-
-    def masked(scores, j, slot):
-        key = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA) + j * blocks.keys
-        visible = key <= _across(position, shape)
-        if document is not None:
-            visible &= _across(document, shape) == _down(_per_column(s.key_document.at[slot]), shape)
-            plgpu.commit_smem()  # what was read here, TMA writes next
-        return jnp.where(visible, scores, -jnp.inf)
+    lse, row_sum = _per_row(s.lse.at[wg]), _per_row(s.row_sum.at[wg])
 
     def step(j, dq):
         slot = lax.rem(j - low, blocks.stages)
         plgpu.barrier_wait(s.k_ready.at[slot])
         plgpu.barrier_wait(s.v_ready.at[slot])
-        pairs = (s.q.at[wg], s.k.at[slot]), (s.d_out.at[wg], s.v.at[slot])
-        # The mask of documents needs registers that dp would hold.
-        scores, *dp = _products(*(pairs if document is None else pairs[:1]))
-        scores = lax.cond(is_whole(j), lambda x: x, lambda x: masked(x, j, slot), scores)
-        p = jnp.exp2(scores * (scale * LOG2E) - _across(lse, shape))
-        [dp] = dp or _products(pairs[1])
+        scores, dp = _products((s.q.at[wg], s.k.at[slot]), (s.d_out.at[wg], s.v.at[slot]))
         plgpu.barrier_arrive(s.v_free.at[slot])
+        scores = lax.cond(is_whole(j), lambda x: x, lambda x: _mask(x, wg, j * blocks.keys, slot, s), scores)
+        p = jnp.exp2(scores * (scale * LOG2E) - _across(lse, shape))
         ds = p * (dp - _across(row_sum, shape))
         [dq] = _accumulate((dq, ds.astype(jnp.bfloat16), s.k.at[slot]))
         plgpu.barrier_arrive(s.k_free.at[slot])

@@ -57,11 +57,12 @@ def forward(batch: int, length: int, size: int, heads: int, groups: int) -> Forw
     return Forward(warpgroups=1, pack=True, splits=max(1, min(blocks, PROCESSORS // (batch * groups))))
 
 
-def backward(batch: int, length: int, size: int, heads: int, groups: int) -> Backward:
+def backward(batch: int, length: int, size: int, heads: int, groups: int, packed: bool) -> Backward:
     """Blocks for the gradients of `length` queries against `size` key slots."""
     if found := BACKWARD.get((length, size, heads, groups)):
         return found
     share = heads // groups
     tiles = batch * groups * -(-size // 128)  # the first ones are seen by all queries, the last ones by few
     chunks = next((c for c in range(1, share) if share % c == 0 and tiles * c >= 4 * PROCESSORS), share)
-    return Backward(chunks=chunks)
+    # The mask of documents takes registers: 128 keys would spill.
+    return Backward(keys=64 if packed else 128, chunks=chunks)
