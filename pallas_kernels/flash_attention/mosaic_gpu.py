@@ -62,20 +62,9 @@ def supports(q, k) -> str | None:
     return None
 
 
-def flash_attention(q, k, v, start, documents, key_documents):
-    """See `api.flash_attention`.
-
-    Raises:
-      ValueError: what `supports` says.
-    """
-    if reason := supports(q, k):
-        raise ValueError(f"flash_attention: mosaic_gpu cannot run: {reason}")
-    return _attend(q, k, v, start, documents, key_documents)
-
-
 @jax.custom_vjp
-def _attend(q, k, v, start, documents, key_documents):
-    """q [B, T, H, P], k and v [B, S, G, P] -> out as q and lse [B, T, H], float32."""
+def flash_attention(q, k, v, start, documents, key_documents):
+    """See `api.flash_attention`; only where `supports` is None."""
     batch, length, heads, _ = q.shape
     size, groups = k.shape[1:3]
     blocks = tuning.forward(batch, length, size, heads, groups)
@@ -195,8 +184,10 @@ def _zeros(*shape):
 
 def _accumulate(*terms):
     """`acc + a b` for each `(acc, a, b)`, `a` in registers and `b` in shared memory."""
-    if INTERPRET is not None:  # the interpreter takes left operands from shared memory only
-        return [acc + jnp.dot(a, b[...], preferred_element_type=jnp.float32) for acc, a, b in terms]
+    if INTERPRET is not None:  # the interpreter takes left operands of wgmma from shared memory only
+        sums = [acc + jnp.dot(a, b[...], preferred_element_type=jnp.float32) for acc, a, b in terms]
+        plgpu.commit_smem()  # wgmma reads as TMA writes, through the asynchronous proxy: no fence is between them
+        return sums
 
     def products(refs):
         for ref, (_, a, b) in zip(refs, terms, strict=True):
@@ -411,6 +402,7 @@ def _softmax_loop(wg, low, high, is_whole, s, blocks, scale):
         await_turn()
 
     plgpu.barrier_wait(s.q_ready)
+
     def step(j, span):
         m, l, o = span
         slot = lax.rem(j - low, blocks.stages)
@@ -444,12 +436,13 @@ def _softmax_loop(wg, low, high, is_whole, s, blocks, scale):
 # ------------------------------------------------------------------------------------------------------- backward
 
 
-def _attend_forward(q, k, v, start, documents, key_documents):
-    out, lse = _attend(q, k, v, start, documents, key_documents)
-    return (out, lse), (q, k, v, start, documents, key_documents, out, lse)
+def _forward(*arguments):
+    out, lse = flash_attention(*arguments)
+    return (out, lse), (*arguments, out, lse)
 
 
-def _attend_backward(saved, cotangents):
+def backward(saved, cotangents):
+    """Gradients of q, k and v from the arguments and results of `flash_attention`, and the cotangents of these."""
     q, k, v, start, documents, key_documents, out, lse = saved
     d_out, d_lse = cotangents
     batch, length, heads, _ = q.shape
@@ -469,10 +462,10 @@ def _attend_backward(saved, cotangents):
     view = _view(length, 1, ROWS, size, 2 * ROWS, *where, by_key=True)
     dk, dv = _dkv_kernel(q, k, v, *rows, view, blocks)
     per_group = lambda a: rearrange(a, "b s (g c) p -> b s g c p", g=groups).sum(axis=3).astype(k.dtype)
-    return dq, per_group(dk), per_group(dv), None, None, None
+    return dq, per_group(dk), per_group(dv)
 
 
-_attend.defvjp(_attend_forward, _attend_backward)
+flash_attention.defvjp(_forward, lambda saved, cotangents: (*backward(saved, cotangents), None, None, None))
 
 
 class _DqScratch(NamedTuple):
