@@ -93,7 +93,7 @@ def _merge(outs, lses):
         return outs[0], lses[0]
     lse = jax.nn.logsumexp(lses, axis=0)
     weights = jnp.exp(lses - jnp.where(jnp.isfinite(lse), lse, 0))[..., : outs.shape[2]]
-    return jnp.einsum("nbhr,nbrhp->brhp", weights, outs), lse
+    return (rearrange(weights, "n b h r -> n b r h 1") * outs).sum(axis=0), lse
 
 
 # ------------------------------------------------------------------------------------------------- who sees whom
@@ -123,7 +123,8 @@ def _view(length, share, tile, size, block, start, documents, key_documents, by_
     pad = lambda rows, many, **how: jnp.pad(rows, ((0, 0), (0, -rows.shape[1] % many)), **how)
     per_row = lambda query: pad(jnp.repeat(query, share, axis=1), tile, mode="edge")
     position = per_row(start[:, None] + jnp.arange(length, dtype=jnp.int32))
-    key = pad(jnp.arange(size, dtype=jnp.int32)[None], block, mode="edge")
+    # No query stands behind what the last block has beyond the last key.
+    key = pad(jnp.arange(size, dtype=jnp.int32)[None], block, constant_values=jnp.iinfo(jnp.int32).max)
     row_of, block_of = (lambda a, n=n: rearrange(a, "b (i r) -> b i r", r=n) for n in (tile, block))
     rows, keys = row_of(position), block_of(key)
     some = keys.min(-1)[:, None] <= rows.max(-1)[..., None]
@@ -327,7 +328,7 @@ def _forward_kernel(q, k, v, view, blocks):
     packed, share = view.document is not None, heads // groups
     out_dtype = jnp.dtype(q.dtype if splits == 1 else jnp.float32)
 
-    def body(q_ref, k_ref, v_ref, ranges_ref, position_ref, document_refs, out_ref, lse_ref, scratch):
+    def attention_forward(q_ref, k_ref, v_ref, ranges_ref, position_ref, document_refs, out_ref, lse_ref, scratch):
         s, b, h = scratch, lax.axis_index("batch"), lax.axis_index("head")
         # The last tiles see the most keys: they start first.
         tile = tiles - 1 - lax.div(lax.axis_index("tile"), splits)
@@ -362,7 +363,7 @@ def _forward_kernel(q, k, v, view, blocks):
         jax.ShapeDtypeStruct((splits, batch, heads, tiles * blocks.warpgroups * ROWS), jnp.float32),
     ]
     grid = {"tile": tiles * splits, "batch": batch, "head": heads}
-    run = _launch(body, out_type, _forward_scratch(blocks, packed, out_dtype), grid, blocks.warpgroups)
+    run = _launch(attention_forward, out_type, _forward_scratch(blocks, packed, out_dtype), grid, blocks.warpgroups)
     return run(q, k, v, view.ranges, view.position, view.documents)
 
 
@@ -451,7 +452,7 @@ def backward(saved, cotangents):
     if documents is not None:
         k, v = _without_pads(k, key_documents), _without_pads(v, key_documents)
     seen = jnp.isfinite(lse)
-    row_sum = jnp.einsum("bthp,bthp->bth", d_out, out, preferred_element_type=jnp.float32) - jnp.where(seen, d_lse, 0)
+    row_sum = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1) - jnp.where(seen, d_lse, 0)
     # A row that sees nothing has probability exp2(s - inf) = 0; so has a row behind the last one.
     by_head = lambda a, fill: jnp.pad(
         rearrange(a, "b t h -> b h t"), ((0, 0), (0, 0), (0, -length % (2 * ROWS))), constant_values=fill
@@ -510,7 +511,7 @@ def _dq_kernel(q, k, v, d_out, lse, row_sum, view, blocks):
     (batch, _, heads, width), share = q.shape, q.shape[2] // k.shape[2]
     tiles, packed = view.ranges.shape[1], view.document is not None
 
-    def body(q_ref, k_ref, v_ref, do_ref, lse_ref, sum_ref, ranges_ref, position_ref, document_refs, dq_ref, s):
+    def attention_dq(q_ref, k_ref, v_ref, do_ref, lse_ref, sum_ref, ranges_ref, position_ref, document_refs, dq_ref, s):
         b, h = lax.axis_index("batch"), lax.axis_index("head")
         tile = tiles - 1 - lax.axis_index("tile")
         first, whole_first, whole_end, end = _range(ranges_ref, b, tile)
@@ -537,7 +538,7 @@ def _dq_kernel(q, k, v, d_out, lse, row_sum, view, blocks):
         _roles(2, produce, consume)
 
     grid = {"tile": tiles, "batch": batch, "head": heads}
-    run = _launch(body, jax.ShapeDtypeStruct(q.shape, q.dtype), _dq_scratch(blocks, packed), grid, 2)
+    run = _launch(attention_dq, jax.ShapeDtypeStruct(q.shape, q.dtype), _dq_scratch(blocks, packed), grid, 2)
     return run(q, k, v, d_out, lse, row_sum, view.ranges, view.position, view.documents)
 
 
@@ -604,7 +605,9 @@ def _dkv_kernel(q, k, v, d_out, lse, row_sum, view, blocks):
     (batch, _, heads, width), groups, chunks = q.shape, k.shape[2], blocks.chunks
     packed, many = view.document is not None, heads // groups // blocks.chunks
 
-    def body(q_ref, k_ref, v_ref, do_ref, lse_ref, sum_ref, ranges_ref, position_ref, document_refs, dk_ref, dv_ref, s):
+    def attention_dkv(
+        q_ref, k_ref, v_ref, do_ref, lse_ref, sum_ref, ranges_ref, position_ref, document_refs, dk_ref, dv_ref, s
+    ):
         tile, b, part = lax.axis_index("tile"), lax.axis_index("batch"), lax.axis_index("part")
         first, whole_first, whole_end, end = _range(ranges_ref, b, tile)
         keys_of = lambda wg: pl.ds((tile * 2 + wg) * ROWS, ROWS)
@@ -646,7 +649,7 @@ def _dkv_kernel(q, k, v, d_out, lse, row_sum, view, blocks):
 
     out = jax.ShapeDtypeStruct((batch, k.shape[1], groups * chunks, width), jnp.float32)
     grid = {"tile": view.ranges.shape[1], "batch": batch, "part": groups * chunks}
-    run = _launch(body, [out, out], _dkv_scratch(blocks, packed), grid, 2)
+    run = _launch(attention_dkv, [out, out], _dkv_scratch(blocks, packed), grid, 2)
     return run(q, k, v, d_out, lse, row_sum, view.ranges, view.position, view.documents)
 
 

@@ -6,8 +6,8 @@ import dataclasses
 
 # Streaming multiprocessors of an H100 or H200 SXM. A launch should offer each of them several blocks of work, or one.
 PROCESSORS = 132
-# Query heads of one key/value head share a tile while a call has at most this many rows (queries times heads).
-PACKED_ROWS = 64
+# Query heads of one key/value head share tiles of 64 rows while there are at most this many (queries times heads).
+PACKED_ROWS = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,11 +50,12 @@ def forward(batch: int, length: int, size: int, heads: int, groups: int) -> Forw
     """Blocks for `length` queries against `size` key slots."""
     if found := FORWARD.get((length, size, heads, groups)):
         return found
-    if length * (heads // groups) > PACKED_ROWS:
+    rows = length * (heads // groups)
+    if rows > PACKED_ROWS:
         return Forward()
-    # Decoding: one tile of 64 rows reads every key once, so only parts of the cache can occupy the processors.
-    blocks = -(-size // Forward.keys)
-    return Forward(warpgroups=1, pack=True, splits=max(1, min(blocks, PROCESSORS // (batch * groups))))
+    # Decoding: so few tiles that only parts of the cache can occupy the processors.
+    tiles, blocks = batch * groups * -(-rows // 64), -(-size // Forward.keys)
+    return Forward(warpgroups=1, pack=True, splits=max(1, min(blocks, PROCESSORS // tiles)))
 
 
 def backward(batch: int, length: int, size: int, heads: int, groups: int, packed: bool) -> Backward:
@@ -63,6 +64,6 @@ def backward(batch: int, length: int, size: int, heads: int, groups: int, packed
         return found
     share = heads // groups
     tiles = batch * groups * -(-size // 128)  # the first ones are seen by all queries, the last ones by few
-    chunks = next((c for c in range(1, share) if share % c == 0 and tiles * c >= 4 * PROCESSORS), share)
+    chunks = next((c for c in range(1, share) if share % c == 0 and tiles * c >= 3 * PROCESSORS), share)
     # The mask of documents takes registers: 128 keys would spill.
     return Backward(keys=64 if packed else 128, chunks=chunks)
