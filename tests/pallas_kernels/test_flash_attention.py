@@ -133,7 +133,7 @@ def test_bfloat16(length, start):
         (dict(q=random(1, 2, 9, 5, 3)), r"q \(2, 9, 5, 3\).* do not fit together"),
         (dict(q=random(1, 2, 10, 4, 3)), "10 queries but only 9 keys"),
         (dict(documents=np.ones((2, 9), np.int32)), "give both documents and key_documents, or neither"),
-        (dict(implementation="cuda"), "'cuda' does not exist; known: xla, reference"),
+        (dict(implementation="cuda"), "'cuda' does not exist; known: xla, mosaic_gpu, reference"),
     ],
     ids=["head-dim", "keys-and-values", "heads", "too-few-keys", "half-of-the-documents", "unknown-implementation"],
 )
