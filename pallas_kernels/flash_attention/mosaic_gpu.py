@@ -416,8 +416,9 @@ def _softmax_loop(wg, low, high, is_whole, s, blocks, scale):
         p, shrink = jnp.exp2(scores * scale - _across(m_new, shape)), jnp.exp2(m - m_new)
         l = l * shrink + p.sum(axis=1)
         o, p = o * _across(shrink, o.shape), p.astype(jnp.bfloat16)
-        arrive()
+        # Behind a wait, where ptxas leaves it: the turn would pass before the softmax is done.
         plgpu.barrier_wait(s.v_ready.at[slot])
+        arrive()
         if clear:
             pl.when(~is_whole(j))(lambda: _clear_pads(s.v.at[slot], s.key_document.at[slot]))
             plgpu.barrier_arrive(s.k_free.at[slot])
