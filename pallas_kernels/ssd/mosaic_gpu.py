@@ -1,265 +1,497 @@
-"""The Mamba-2 scan as two Hopper kernels.
+"""The Mamba-2 scan as two Hopper kernels (Pallas, Mosaic GPU).
+
+The sequence of every head is cut into pieces, so many that heads x pieces fill the multiprocessors; a piece is walked
+in chunks of 64 tokens, its state in registers.
+  1. `_piece_states`: the state that each piece but the last leaves if it starts from zero, one product per chunk.
+     A scan over the few pieces (plain JAX) turns these into the state before each piece.
+  2. `_scan`: each piece from its true state. With a the running sum of the log decay inside a chunk,
+         links[l, s] = (C_l . B_s) exp(a_l - a_s) dt_s for s <= l, and D on the diagonal
+         y^T         = S C^T exp(a_l) + x^T links^T
+         S           = exp(a_end) S + (x^T exp(a_end - a_s) dt_s) B
+     One warpgroup loads (TMA) and makes the links: C B^T once for the heads of a thread block, then the decays of each.
+     One or two others hold 64 rows of a state each and run one chunk behind. S and x^T are operands in registers, so
+     the only thing that passes through shared memory is the links, bfloat16.
+
+What the kernels do not know: documents and padding. A document's first token decays by 2^-256, which is zero however it
+is summed; a pad has dt = 0 and no decay. Sums of log decays come in two parts as in `xla.py`, so differences are exact.
+
+Roofline, Nano (64 heads x 64 in 8 groups, state 128), 8,192 tokens on an H100 (3.35 TB/s, 989 TFLOP/s): x, B, C in and
+y out are 20.5 KB a token, running sums and steps 0.8 KB, four pieces read x and B again for three quarters of the
+tokens, 7.9 KB: 239 MB, 71 us. Products: 3 MFLOP a token and 0.8 of the first pass: 31 GFLOP, 32 us.
+
+Widths that are not a multiple of 64 are padded in memory. The gradient is that of `xla.py`.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-CHUNK = 64
-ROWS = 64
+from pallas_kernels import documents as docs
+from pallas_kernels.matvec import with_gradient_of
+from pallas_kernels.ssd import tuning, xla
+from pallas_kernels.ssd.reference import step_size
+from pallas_kernels.ssd.tuning import CHUNK, ROWS
+
 _LOG2E = math.log2(math.e)
+_RESET = -256.0  # log2 of the decay into a new document
 _WGMMA = plgpu.Layout.WGMMA
 _PER_ROW, _PER_COLUMN = _WGMMA.reduce(1), _WGMMA.reduce(0)
-_TRANSPOSED = plgpu.Layout.WGMMA_TRANSPOSED
-_TILE = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-_COARSE, _FINE, _STEP = range(3)
+_COARSE, _FINE, _STEP = range(3)  # of `vectors`
 
 
-class Plan(NamedTuple):
-    chunks: int
-    piece: int  # chunks
-    heads: int
-    blocks: int
-    slots: int
-    reverse: bool
-    interpret: bool
-
-    @property
-    def pieces(self):
-        return -(-self.chunks // self.piece)
-
-
-def _tile(*shape):
-    return plgpu.SMEM(shape, jnp.bfloat16, transforms=_TILE)
+def supports(x: Any, B: Any, C: Any) -> str | None:
+    """Why the kernels cannot take these inputs, or None if they can."""
+    state = B.shape[-1]
+    if not hasattr(plgpu, "InterpretGPUParams"):
+        return "needs jax 0.11 or later"
+    if any(a.dtype != jnp.bfloat16 for a in (x, B, C)):
+        return f"x, B and C must be bfloat16, got {x.dtype}, {B.dtype} and {C.dtype}"
+    if state % ROWS or state > 256:
+        return f"the state size must be 64, 128, 192 or 256, got {state}"
+    if x.shape[1] == 1:
+        return "one token is one pass over the state in plain JAX too"
+    return None
 
 
-def _columns(vector, shape=(CHUNK, CHUNK)):
-    return lax.broadcast_in_dim(vector, shape, [1])
+def ssd(
+    x,
+    dt,
+    A,
+    B,
+    C,
+    D,
+    dt_bias,
+    dt_limit,
+    initial_state,
+    documents,
+    initial_document,
+    chunk_size,
+    interpret=False,
+):
+    """See `api.ssd`. `interpret`: on the CPU, with race detection."""
+
+    def plain(x, dt, A, B, C, D, dt_bias, *rest):
+        return xla.ssd(x, dt, A, B, C, D, dt_bias, dt_limit, *rest, chunk_size)
+
+    def fast(x, dt, A, B, C, D, dt_bias, *rest):
+        return _forward(x, step_size(dt, dt_bias, dt_limit), A, B, C, D, *rest, interpret)
+
+    return with_gradient_of(plain, fast)(x, dt, A, B, C, D, dt_bias, initial_state, documents, initial_document)
 
 
-def _rows(vector, shape=(CHUNK, CHUNK)):
-    return lax.broadcast_in_dim(vector, shape, [0])
+def _forward(x, dt, A, B, C, D, initial_state, documents, initial_document, interpret):
+    groups, width = x.shape[2], x.shape[-1]
+    log_decay = jnp.maximum(dt * A, xla.SMALLEST_LOG_DECAY) * _LOG2E
+    if documents is not None:
+        is_real = (documents > 0)[..., None, None]
+        x, B = jnp.where(is_real[..., None], x, 0), jnp.where(is_real, B, 0)
+        dt, log_decay = jnp.where(is_real, dt, 0), jnp.where(is_real, log_decay, 0)
+        document = docs.current(documents, initial_document)
+        before = jnp.concatenate([initial_document[:, None], document[:, :-1]], axis=1)
+        log_decay = jnp.where((document != before)[..., None, None], _RESET, log_decay)
+    missing = -width % ROWS
+    x = jnp.pad(x, [(0, 0)] * 4 + [(0, missing)])
+    state = jnp.pad(initial_state, [(0, 0)] * 3 + [(0, missing), (0, 0)])
+    heads = lambda a: rearrange(a, "b t g h ... -> b t (g h) ...")
+    per_head = lambda a: rearrange(a, "b t g h -> b (g h) t")
+    y, state = _run(
+        heads(x), B, C, per_head(log_decay), per_head(dt), D.reshape(-1), rearrange(state, "b g h p n -> b (g h) p n"),
+        reverse=False, interpret=interpret,
+    )  # fmt: skip
+    y = rearrange(y, "b t (g h) p -> b t g h p", g=groups)
+    state = rearrange(state, "b (g h) p n -> b g h p n", g=groups)
+    return y[..., :width], state[..., :width, :]
 
 
-def _matmul(plan, shape, *operands):
-    """Sum of `a @ b` over pairs; a may be in registers."""
-
-    def product(acc):
-        for a, b in operands:
-            _accumulate(plan, acc, a, b)
-        return acc[...]
-
-    return pl.run_scoped(product, plgpu.ACC(shape, jnp.float32))
+# Host side: running sums, and the scan over pieces.
 
 
-def _accumulate(plan, acc, a, b):
-    if not (plan.interpret and isinstance(a, jax.Array)):
-        plgpu.wgmma(acc, a, b)
-        return
+def _run(x, B, C, log_decay, dt, skip, state, *, reverse, interpret):
+    """A scan of K heads.
 
-    def through_memory(scratch):  # the interpreter has no product with an operand in registers
-        scratch[...] = a
-        plgpu.commit_smem()
-        plgpu.wgmma(acc, scratch, b)
+    Args:
+      x: [B, T, K, P] bfloat16. B, C: [B, T, G, N] bfloat16; K / G heads share them.
+      log_decay: base 2, [B, K, T] float32. dt: the same shape. skip: [K] float32.
+      state: [B, K, P, N] float32, before the first token (after the last one in reverse).
+      reverse: y_s = S_s C_s with S_s = exp(log_decay_{s+1}) S_{s+1} + dt_s x_s B_s.
 
-    pl.run_scoped(through_memory, plgpu.SMEM(a.shape, a.dtype))
+    Returns:
+      y like x, and the state on the other side.
+    """
+    batch, length, heads, width = x.shape
+    plan = tuning.plan(
+        batch, length, heads, heads // B.shape[2], width, B.shape[-1], reverse=reverse, interpret=interpret
+    )
+    chunked = lambda a: jnp.pad(a, [(0, 0), (0, 0), (0, -length % CHUNK)]).reshape(batch, heads, plan.chunks, CHUNK)
+    log_decay, dt = chunked(log_decay), chunked(dt)
+    coarse, fine = xla.running_sum(log_decay)
+    vectors = jnp.stack([coarse, fine, dt], axis=2).reshape(batch, heads, 3, -1)
+    before = state[:, :, None]
+    if plan.pieces > 1:
+        weights, decay = _piece_weights(plan, coarse, fine, dt)
+        before = _states_before(decay, _piece_states(plan, x, B, weights), state)
+    return _scan(plan, x, B, C, vectors, skip, before)
 
 
-def _scan_kernel(plan, width, state, x_g, b_g, c_g, vectors_g, skip_g, before_g, y_g, after_g, scratch):
-    thread = lax.axis_index("thread")
-    place = _Place(plan)
-    pl.when(thread == 0)(lambda: _load_and_link(plan, place, x_g, b_g, c_g, vectors_g, skip_g, scratch))
-    pl.when(thread > 0)(lambda: _advance(plan, place, thread - 1, before_g, y_g, after_g, scratch))
+def _piece_weights(plan, coarse, fine, dt):
+    """What a token adds to the state its piece leaves, [B, K, T] in the order of processing; the decay of a piece."""
+    total = coarse + fine
+    end = total[..., -1:]
+    out = total if plan.reverse else (coarse[..., -1:] - coarse) + (fine[..., -1:] - fine)
+    if plan.reverse:
+        out, end, dt = out[:, :, ::-1], end[:, :, ::-1], dt[:, :, ::-1]
+    whole = (plan.pieces - 1) * plan.piece
+    pieces = lambda a: rearrange(a[:, :, :whole], "b k (p c) l -> b k p c l", c=plan.piece)
+    out, end, dt = pieces(out), pieces(end), pieces(dt)
+    later = lax.cumsum(end, axis=3, reverse=True) - end
+    weights = jnp.exp2(out + later) * dt
+    return rearrange(weights, "b k p c l -> b k (p c l)"), jnp.exp2(end.sum(axis=(3, 4)))
+
+
+def _states_before(decay, states, initial):
+    """The state before each piece, [B, K, pieces, P, N]."""
+
+    def combine(left, right):
+        (a1, s1), (a2, s2) = left, right
+        return a1 * a2, a2[..., None, None] * s1 + s2
+
+    decay = jnp.concatenate([jnp.ones_like(decay[:, :, :1]), decay], axis=2)
+    states = jnp.concatenate([initial[:, :, None], states], axis=2)
+    return lax.associative_scan(combine, (decay, states), axis=2)[1]
+
+
+# Device side: what both kernels use.
 
 
 class _Place:
+    """Which part of the work a thread block has."""
+
     def __init__(self, plan):
+        self._plan = plan
         self.batch = lax.axis_index("batch")
         self.head = lax.axis_index("heads") * plan.heads
         self.block = lax.axis_index("blocks") * plan.blocks
         self.piece = lax.axis_index("piece")
-        self.count = jnp.minimum(plan.piece, plan.chunks - self.piece * plan.piece)
-        self._plan = plan
+        self.chunks = jnp.minimum(plan.piece, plan.chunks - self.piece * plan.piece)
 
     def tokens(self, c):
+        """The tokens of the piece's chunk `c`."""
         chunk = self.piece * self._plan.piece + c
-        if self._plan.reverse:
-            chunk = self._plan.chunks - 1 - chunk
-        return pl.ds(chunk * CHUNK, CHUNK)
+        return pl.ds((self._plan.chunks - 1 - chunk if self._plan.reverse else chunk) * CHUNK, CHUNK)
+
+    def rows(self, block):
+        """The rows of the thread block's row block `block`."""
+        return pl.ds((self.block + block) * ROWS, ROWS)
 
 
-class _Scratch(NamedTuple):
-    x: object
-    b: object
-    c: object
-    vectors: object
-    links: object
-    into: object
-    outof: object
-    y: object
-    loaded: object
-    linked: object
-    consumed: object
+def _launch(plan, body, name, x, state_size, pieces, out_type, scratch):
+    batch, _, heads, width = x.shape
+    body.__name__ = name
+    return plgpu.kernel(
+        body,
+        out_type=out_type,
+        grid=(batch, heads // plan.heads, width // ROWS // plan.blocks, pieces),
+        grid_names=("batch", "heads", "blocks", "piece"),
+        num_threads=1 + plan.lanes,
+        thread_name="thread",
+        scratch_types=list(scratch),
+        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
+        interpret=plgpu.InterpretGPUParams(detect_races=True) if plan.interpret else None,
+    )
+
+
+def _tiles(*shape):
+    """bfloat16 matrices in shared memory, laid out for wgmma."""
+    return plgpu.SMEM(
+        shape, jnp.bfloat16, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    )
+
+
+def _vectors(*shape):
+    return plgpu.SMEM(shape, jnp.float32)
+
+
+def _rows(vector):
+    return lax.broadcast_in_dim(vector, (CHUNK, CHUNK), [0])
+
+
+def _columns(vector):
+    return lax.broadcast_in_dim(vector, (CHUNK, CHUNK), [1])
+
+
+def _product(shape, *operands, spare=None):
+    """The sum of `a @ b` over the pairs, float32. `spare`: see `_accumulate`."""
+
+    def accumulate(acc):
+        for a, b in operands:
+            _accumulate(acc, a, b, spare)
+        return acc[...]
+
+    return pl.run_scoped(accumulate, plgpu.ACC(shape, jnp.float32))
+
+
+def _accumulate(acc, a, b, spare):
+    """`acc += a @ b`. The interpreter wants `a` in shared memory: there it goes through `spare`."""
+    if spare is not None:
+        spare[...] = a
+        plgpu.commit_smem()
+        a = spare
+    plgpu.wgmma(acc, a, b)
+
+
+def _spare(plan):
+    """A tile a lane, for the interpreter only."""
+    return plgpu.SMEM((plan.lanes, ROWS, CHUNK), jnp.bfloat16) if plan.interpret else None
+
+
+def _spare_of(lane, s):
+    return None if s.spare is None else s.spare.at[lane]
+
+
+def _load_transposed(tile):
+    return plgpu.load(tile.transpose((1, 0)), layout=_WGMMA, optimized=False)
+
+
+def _scaled(x, weights):
+    """x^T in registers, each token times its weight."""
+    return (x.astype(jnp.float32) * _columns(plgpu.load(weights, layout=_PER_COLUMN))).astype(jnp.bfloat16)
+
+
+# First kernel.
+
+
+class _PieceScratch(NamedTuple):
+    x: Any
+    B: Any
+    weights: Any
+    loaded: Any
+    consumed: Any
+    spare: Any
+
+
+def _piece_states(plan, x, B, weights):
+    """What each piece but the last leaves: [B, K, pieces - 1, P, N]."""
+    (batch, _, heads, width), state_size = x.shape, B.shape[-1]
+    slots, lanes = plan.slots, plan.lanes
+    scratch = _PieceScratch(
+        x=_tiles(slots, lanes, CHUNK, ROWS),
+        B=_tiles(slots, CHUNK, state_size),
+        weights=_vectors(slots, plan.heads, CHUNK),
+        loaded=plgpu.Barrier(num_arrivals=2 + lanes, num_barriers=slots),
+        consumed=plgpu.Barrier(num_arrivals=lanes, num_barriers=slots),
+        spare=_spare(plan),
+    )
+
+    def body(x, B, weights, states, *scratch):
+        s, place, thread = _PieceScratch(*scratch), _Place(plan), lax.axis_index("thread")
+        pl.when(thread == 0)(lambda: _load_piece(plan, place, x, B, weights, s))
+        pl.when(thread > 0)(lambda: _sum_piece(plan, place, thread - 1, states, s))
+
+    out_type = jax.ShapeDtypeStruct((batch, heads, plan.pieces - 1, width, state_size), jnp.float32)
+    run = _launch(plan, body, "ssd_piece_states", x, state_size, plan.pieces - 1, out_type, scratch)
+    return run(x, B, weights)
+
+
+def _load_piece(plan, place, x, B, weights, s):
+    @pl.loop(0, plan.piece)
+    def _(c):
+        slot = lax.rem(c, plan.slots)
+        pl.when(c >= plan.slots)(lambda: plgpu.barrier_wait(s.consumed.at[slot]))
+        tokens, processed = place.tokens(c), pl.ds((place.piece * plan.piece + c) * CHUNK, CHUNK)
+        copy = lambda source, target: plgpu.copy_gmem_to_smem(source, target, s.loaded.at[slot])
+        _load_keys(place, B, x, tokens, s.B.at[slot], copy)
+        _load_values(plan, place, x, tokens, s.x.at[slot], copy)
+        copy(weights.at[place.batch, pl.ds(place.head, plan.heads), processed], s.weights.at[slot])
+
+
+def _load_keys(place, B, x, tokens, target, copy):
+    share = x.shape[2] // B.shape[2]
+    copy(B.at[place.batch, tokens, lax.div(place.head, share)], target)
+
+
+def _load_values(plan, place, x, tokens, target, copy):
+    for lane in range(plan.lanes):
+        head, block = divmod(lane, plan.blocks)
+        copy(x.at[place.batch, tokens, place.head + head, place.rows(block)], target.at[lane])
+
+
+def _sum_piece(plan, place, lane, states, s):
+    head, block = lax.div(lane, plan.blocks), lax.rem(lane, plan.blocks)
+
+    def accumulate(acc):
+        @pl.loop(0, plan.piece)
+        def _(c):
+            slot = lax.rem(c, plan.slots)
+            plgpu.barrier_wait(s.loaded.at[slot])
+            x = _scaled(_load_transposed(s.x.at[slot, lane]), s.weights.at[slot, head])
+            _accumulate(acc, x, s.B.at[slot], _spare_of(lane, s))
+            plgpu.wgmma_wait(0)
+            plgpu.barrier_arrive(s.consumed.at[slot])
+
+        return acc[...]
+
+    state = pl.run_scoped(accumulate, plgpu.ACC((ROWS, states.shape[-1]), jnp.float32))
+    states.at[place.batch, place.head + head, place.piece, place.rows(block)][...] = state
+
+
+# Second kernel.
+
+
+class _ScanScratch(NamedTuple):
+    """Shared memory, and the three events of a slot: loaded, linked, consumed.
+
+    Attributes:
+      into: weight of the incoming state for each token. outof: weight of each token in the outgoing state.
+    """
+
+    x: Any
+    B: Any
+    C: Any
+    vectors: Any
+    links: Any
+    into: Any
+    outof: Any
+    y: Any
+    loaded: Any
+    linked: Any
+    consumed: Any
+    spare: Any
+
+
+def _scan(plan, x, B, C, vectors, skip, before):
+    (batch, _, heads, width), state_size = x.shape, B.shape[-1]
+    slots, lanes = plan.slots, plan.lanes
+    scratch = _ScanScratch(
+        x=_tiles(slots, lanes, CHUNK, ROWS),
+        B=_tiles(slots, CHUNK, state_size),
+        C=_tiles(slots, CHUNK, state_size),
+        vectors=_vectors(slots, plan.heads, 3, CHUNK),
+        links=_tiles(slots, plan.heads, CHUNK, CHUNK),
+        into=_vectors(slots, plan.heads, CHUNK),
+        outof=_vectors(slots, plan.heads, CHUNK),
+        y=_tiles(lanes, CHUNK, ROWS),
+        loaded=plgpu.Barrier(num_arrivals=3 + lanes, num_barriers=slots),
+        linked=plgpu.Barrier(num_barriers=slots),
+        consumed=plgpu.Barrier(num_arrivals=lanes, num_barriers=slots),
+        spare=_spare(plan),
+    )
+
+    def body(x, B, C, vectors, skip, before, y, after, *scratch):
+        s, place, thread = _ScanScratch(*scratch), _Place(plan), lax.axis_index("thread")
+        pl.when(thread == 0)(lambda: _load_and_link(plan, place, (x, B, C, vectors), skip, s))
+        pl.when(thread > 0)(lambda: _advance(plan, place, thread - 1, before, y, after, s))
+
+    after = jax.ShapeDtypeStruct((batch, heads, width, state_size), jnp.float32)
+    out_type = (jax.ShapeDtypeStruct(x.shape, x.dtype), after)
+    run = _launch(plan, body, "ssd_scan", x, state_size, plan.pieces, out_type, scratch)
+    return run(x, B, C, vectors, skip, before)
 
 
 def _take_registers(plan, role):
-    if plan.heads * plan.blocks == 2:
-        plgpu.set_max_registers((152, 176)[role], action=("decrease", "increase")[role])
+    if plan.lanes == 2:
+        plgpu.set_max_registers(tuning.REGISTERS[role], action=("decrease", "increase")[role])
 
 
-def _load_and_link(plan, place, x_g, b_g, c_g, vectors_g, skip_g, s):
+def _load_and_link(plan, place, inputs, skip, s):
+    """The first warpgroup: keeps the slots filled and makes the links of each chunk."""
     _take_registers(plan, 0)
-    share_x, share_b = vectors_g.shape[1] // x_g.shape[2], vectors_g.shape[1] // b_g.shape[2]
-    group = lax.div(place.head, share_b)
-
-    def load(c):
-        slot = lax.rem(c, plan.slots)
-        tokens = place.tokens(c)
-        copy = lambda source, target: plgpu.copy_gmem_to_smem(source, target, s.loaded.at[slot])
-        copy(b_g.at[place.batch, tokens, group], s.b.at[slot])
-        copy(c_g.at[place.batch, tokens, group], s.c.at[slot])
-        copy(vectors_g.at[place.batch, pl.ds(place.head, plan.heads), :, tokens], s.vectors.at[slot])
-        for h in range(plan.heads):
-            for r in range(plan.blocks):
-                column = pl.ds((place.block + r) * ROWS, ROWS)
-                head = lax.div(place.head + h, share_x)
-                copy(x_g.at[place.batch, tokens, head, column], s.x.at[slot, h * plan.blocks + r])
-
     for c in range(plan.slots):
-        pl.when(c < place.count)(lambda c=c: load(jnp.int32(c)))
+        pl.when(c < place.chunks)(lambda c=c: _load_chunk(plan, place, jnp.int32(c), *inputs, s))
+    skips = [skip[place.head + head] for head in range(plan.heads)]
 
-    skip = [None if skip_g is None else skip_g[place.head + h] for h in range(plan.heads)]
-
-    @pl.loop(0, place.count)
+    @pl.loop(0, place.chunks)
     def _(c):
         slot = lax.rem(c, plan.slots)
         plgpu.barrier_wait(s.loaded.at[slot])
-        scores = _matmul(plan, (CHUNK, CHUNK), (s.c.at[slot], s.b.at[slot].transpose((1, 0))))
-        for h in range(plan.heads):
-            _link(plan, scores, skip[h], s, slot, h)
+        scores = _product((CHUNK, CHUNK), (s.C.at[slot], s.B.at[slot].transpose((1, 0))))
+        for head in range(plan.heads):
+            _link(plan, scores, skips[head], slot, head, s)
         plgpu.commit_smem()
         plgpu.barrier_arrive(s.linked.at[slot])
 
-        @pl.when((c > 0) & (c - 1 + plan.slots < place.count))
+        # The slot of the chunk before is the next one to come free: the states run one chunk behind.
+        @pl.when((c > 0) & (c - 1 + plan.slots < place.chunks))
         def _():
             plgpu.barrier_wait(s.consumed.at[lax.rem(c - 1, plan.slots)])
-            load(c - 1 + plan.slots)
+            _load_chunk(plan, place, c - 1 + plan.slots, *inputs, s)
 
 
-def _link(plan, scores, skip, s, slot, h):
-    vectors = s.vectors.at[slot, h]
-    coarse, fine, step = (plgpu.load(vectors.at[i], layout=_PER_COLUMN) for i in range(3))
-    row_coarse, row_fine, row_step = (plgpu.load(vectors.at[i], layout=_PER_ROW) for i in range(3))
-    sign = -1 if plan.reverse else 1
-    pair = (_rows(row_coarse) - _columns(coarse)) + (_rows(row_fine) - _columns(fine))
+def _load_chunk(plan, place, c, x, B, C, vectors, s):
+    slot, tokens = lax.rem(c, plan.slots), place.tokens(c)
+    copy = lambda source, target: plgpu.copy_gmem_to_smem(source, target, s.loaded.at[slot])
+    _load_keys(place, B, x, tokens, s.B.at[slot], copy)
+    _load_keys(place, C, x, tokens, s.C.at[slot], copy)
+    _load_values(plan, place, x, tokens, s.x.at[slot], copy)
+    copy(vectors.at[place.batch, pl.ds(place.head, plan.heads), :, tokens], s.vectors.at[slot])
+
+
+def _link(plan, scores, skip, slot, head, s):
+    """Everything about a head's chunk that follows from its decays."""
+    vectors = s.vectors.at[slot, head]
+    coarse, fine, step = (plgpu.load(vectors.at[i], layout=_PER_ROW) for i in range(3))
+    column_coarse, column_fine, column_step = (plgpu.load(vectors.at[i], layout=_PER_COLUMN) for i in range(3))
+    pair = (_rows(coarse) - _columns(column_coarse)) + (_rows(fine) - _columns(column_fine))
     row, column = (plgpu.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), i, layout=_WGMMA) for i in (0, 1))
-    exists = row <= column if plan.reverse else row >= column
-    links = jnp.where(exists, scores * jnp.exp2(sign * pair) * _columns(step), 0.0)
-    if skip is not None:
-        links += jnp.where(row == column, skip, 0.0)
-    s.links.at[slot, h][...] = links.astype(jnp.bfloat16)
+    exists, pair = (row <= column, -pair) if plan.reverse else (row >= column, pair)
+    links = jnp.where(exists, scores * jnp.exp2(pair) * _columns(column_step), 0.0)
+    links += jnp.where(row == column, skip, 0.0)
+    s.links.at[slot, head][...] = links.astype(jnp.bfloat16)
 
-    last_coarse, last_fine = vectors[_COARSE, CHUNK - 1], vectors[_FINE, CHUNK - 1]
-    from_start = jnp.exp2(row_coarse + row_fine)
-    to_end = jnp.exp2((last_coarse - row_coarse) + (last_fine - row_fine))
+    from_start = jnp.exp2(coarse + fine)
+    to_end = jnp.exp2((vectors[_COARSE, CHUNK - 1] - coarse) + (vectors[_FINE, CHUNK - 1] - fine))
     into, outof = (to_end, from_start) if plan.reverse else (from_start, to_end)
-    s.into.at[slot, h][...] = into
-    s.outof.at[slot, h][...] = outof * row_step
+    s.into.at[slot, head][...] = into
+    s.outof.at[slot, head][...] = outof * step
 
 
-def _advance(plan, place, lane, before_g, y_g, after_g, s):
+def _advance(plan, place, lane, before, y, after, s):
+    """The other warpgroups: 64 rows of a state, from chunk to chunk."""
     _take_registers(plan, 1)
-    head, block = lax.div(lane, plan.blocks), lax.rem(lane, plan.blocks)
-    rows = pl.ds((place.block + block) * ROWS, ROWS)
-    slabs = before_g.shape[-1] // ROWS
-    slab = lambda i: pl.ds(i * ROWS, ROWS)
-    at = (place.batch, place.head + head)
-    y_s = s.y.at[lane]
+    head, rows = lax.div(lane, plan.blocks), place.rows(lax.rem(lane, plan.blocks))
+    slabs = [pl.ds(i, ROWS) for i in range(0, before.shape[-1], ROWS)]
 
-    def chunk(c, states):
+    def chunk(c, state):
         slot = lax.rem(c, plan.slots)
         plgpu.barrier_wait(s.loaded.at[slot])
         plgpu.barrier_wait(s.linked.at[slot])
-        shape = (ROWS, CHUNK)
-        x = plgpu.load(s.x.at[slot, lane].transpose((1, 0)), layout=_WGMMA, optimized=False)
-        incoming = [
-            (state.astype(jnp.bfloat16), s.c.at[slot, :, slab(i)].transpose((1, 0))) for i, state in enumerate(states)
-        ]
-        y = _matmul(plan, shape, *incoming) * _columns(plgpu.load(s.into.at[slot, head], layout=_PER_COLUMN))
-        y += _matmul(plan, shape, (x, s.links.at[slot, head].transpose((1, 0))))
-        outof = plgpu.load(s.outof.at[slot, head], layout=_PER_COLUMN)
-        scaled = (x.astype(jnp.float32) * _columns(outof)).astype(jnp.bfloat16)
-        decay = jnp.exp2(s.vectors[slot, head, _COARSE, CHUNK - 1] + s.vectors[slot, head, _FINE, CHUNK - 1])
-        states = tuple(
-            state * decay + _matmul(plan, (ROWS, ROWS), (scaled, s.b.at[slot, :, slab(i)]))
-            for i, state in enumerate(states)
-        )
+        out, state = _step(state, slot, head, lane, slabs, s)
         plgpu.barrier_arrive(s.consumed.at[slot])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        y_s.transpose((1, 0))[...] = plgpu.layout_cast(y.astype(jnp.bfloat16), _TRANSPOSED)
+        s.y.at[lane].transpose((1, 0))[...] = plgpu.layout_cast(out.astype(jnp.bfloat16), plgpu.Layout.WGMMA_TRANSPOSED)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(y_s, y_g.at[place.batch, place.tokens(c), place.head + head, rows])
-        return states
+        plgpu.copy_smem_to_gmem(s.y.at[lane], y.at[place.batch, place.tokens(c), place.head + head, rows])
+        return state
 
-    before = before_g.at[*at, place.piece, rows]
-    states = tuple(
-        plgpu.load(before.at[:, slab(i)], layout=_WGMMA, optimized=False) for i in range(slabs)
-    )
-    states = lax.fori_loop(0, place.count, chunk, states)
+    before = before.at[place.batch, place.head + head, place.piece, rows]
+    state = tuple(plgpu.load(before.at[:, slab], layout=_WGMMA, optimized=False) for slab in slabs)
+    state = lax.fori_loop(0, place.chunks, chunk, state)
 
     @pl.when(place.piece == plan.pieces - 1)
     def _():
-        for i, state in enumerate(states):
-            after_g.at[*at, rows, slab(i)][...] = state
+        for slab, value in zip(slabs, state, strict=True):
+            after.at[place.batch, place.head + head, rows, slab][...] = value
 
     plgpu.wait_smem_to_gmem(0)
 
 
-def scan(plan, x, b, c, vectors, skip, before):
-    batch, length, _, width = x.shape
-    heads, state = vectors.shape[1], b.shape[-1]
-    row_blocks = -(-width // ROWS)
-    lanes = plan.heads * plan.blocks
-    grid = (batch, heads // plan.heads, row_blocks // plan.blocks, plan.pieces)
-    slots = plan.slots
-    scratch = _Scratch(
-        x=_tile(slots, lanes, CHUNK, ROWS),
-        b=_tile(slots, CHUNK, state),
-        c=_tile(slots, CHUNK, state),
-        vectors=plgpu.SMEM((slots, plan.heads, 3, CHUNK), jnp.float32),
-        links=_tile(slots, plan.heads, CHUNK, CHUNK),
-        into=plgpu.SMEM((slots, plan.heads, CHUNK), jnp.float32),
-        outof=plgpu.SMEM((slots, plan.heads, CHUNK), jnp.float32),
-        y=_tile(lanes, CHUNK, ROWS),
-        loaded=plgpu.Barrier(num_arrivals=3 + lanes, num_barriers=slots),
-        linked=plgpu.Barrier(num_barriers=slots),
-        consumed=plgpu.Barrier(num_arrivals=lanes, num_barriers=slots),
-    )
-
-    def ssd_scan(x_g, b_g, c_g, vectors_g, *rest):
-        skip_g, before_g, y_g, after_g, *scratch = rest if skip is not None else (None, *rest)
-        _scan_kernel(plan, width, state, x_g, b_g, c_g, vectors_g, skip_g, before_g, y_g, after_g, _Scratch(*scratch))
-
-    run = plgpu.kernel(
-        ssd_scan,
-        out_type=(
-            jax.ShapeDtypeStruct((batch, length, heads, width), jnp.bfloat16),
-            jax.ShapeDtypeStruct((batch, heads, row_blocks * ROWS, state), jnp.float32),
-        ),
-        grid=grid,
-        grid_names=("batch", "heads", "blocks", "piece"),
-        num_threads=1 + lanes,
-        thread_name="thread",
-        scratch_types=list(scratch),
-        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
-        **({"interpret": plgpu.InterpretGPUParams(detect_races=True)} if plan.interpret else {}),
-    )
-    return run(x, b, c, vectors, *(() if skip is None else (skip,)), before)
+def _step(state, slot, head, lane, slabs, s):
+    """One chunk: y^T [64, 64] float32 and the state after it. The state is a tuple of [64, 64] slabs."""
+    spare = _spare_of(lane, s)
+    C = (s.C.at[slot, :, slab].transpose((1, 0)) for slab in slabs)
+    pairs = ((v.astype(jnp.bfloat16), c) for v, c in zip(state, C, strict=True))
+    carried = _product((ROWS, CHUNK), *pairs, spare=spare)
+    x = _load_transposed(s.x.at[slot, lane])
+    within = _product((ROWS, CHUNK), (x, s.links.at[slot, head].transpose((1, 0))), spare=spare)
+    y = carried * _columns(plgpu.load(s.into.at[slot, head], layout=_PER_COLUMN)) + within
+    x = _scaled(x, s.outof.at[slot, head])
+    decay = jnp.exp2(s.vectors[slot, head, _COARSE, CHUNK - 1] + s.vectors[slot, head, _FINE, CHUNK - 1])
+    added = (_product((ROWS, ROWS), (x, s.B.at[slot, :, slab]), spare=spare) for slab in slabs)
+    return y, tuple(decay * v + a for v, a in zip(state, added, strict=True))
