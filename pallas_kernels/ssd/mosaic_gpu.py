@@ -231,7 +231,9 @@ def _product(shape, *operands, spare=None):
     """The sum of `a @ b` over the pairs, float32. `spare`: see `_accumulate`."""
 
     def accumulate(acc):
-        for a, b in operands:
+        for i, (a, b) in enumerate(operands):
+            if i >= 2:
+                plgpu.wgmma_wait(1)  # frees the registers of the operand before the last
             _accumulate(acc, a, b, spare)
         return acc[...]
 
@@ -462,12 +464,13 @@ def _advance(plan, place, lane, before, y, after, s):
         slot = lax.rem(c, plan.slots)
         plgpu.barrier_wait(s.loaded.at[slot])
         plgpu.barrier_wait(s.linked.at[slot])
-        out, state = _step(state, slot, head, lane, slabs, s)
-        plgpu.barrier_arrive(s.consumed.at[slot])
+        out, x = _outputs(state, slot, head, lane, slabs, s)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        s.y.at[lane].transpose((1, 0))[...] = plgpu.layout_cast(out.astype(jnp.bfloat16), plgpu.Layout.WGMMA_TRANSPOSED)
+        s.y.at[lane].transpose((1, 0))[...] = plgpu.layout_cast(out, plgpu.Layout.WGMMA_TRANSPOSED)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(s.y.at[lane], y.at[place.batch, place.tokens(c), place.head + head, rows])
+        state = _next_state(state, x, slot, head, lane, slabs, s)
+        plgpu.barrier_arrive(s.consumed.at[slot])
         return state
 
     before = before.at[place.batch, place.head + head, place.piece, rows]
@@ -482,8 +485,8 @@ def _advance(plan, place, lane, before, y, after, s):
     plgpu.wait_smem_to_gmem(0)
 
 
-def _step(state, slot, head, lane, slabs, s):
-    """One chunk: y^T [64, 64] float32 and the state after it. The state is a tuple of [64, 64] slabs."""
+def _outputs(state, slot, head, lane, slabs, s):
+    """y^T and x^T of one chunk, [64, 64] bfloat16. The state is a tuple of [64, 64] slabs."""
     spare = _spare_of(lane, s)
     C = (s.C.at[slot, :, slab].transpose((1, 0)) for slab in slabs)
     pairs = ((v.astype(jnp.bfloat16), c) for v, c in zip(state, C, strict=True))
@@ -491,7 +494,11 @@ def _step(state, slot, head, lane, slabs, s):
     x = _load_transposed(s.x.at[slot, lane])
     within = _product((ROWS, CHUNK), (x, s.links.at[slot, head].transpose((1, 0))), spare=spare)
     y = carried * _columns(plgpu.load(s.into.at[slot, head], layout=_PER_COLUMN)) + within
+    return y.astype(jnp.bfloat16), x
+
+
+def _next_state(state, x, slot, head, lane, slabs, s):
     x = _scaled(x, s.outof.at[slot, head])
     decay = jnp.exp2(s.vectors[slot, head, _COARSE, CHUNK - 1] + s.vectors[slot, head, _FINE, CHUNK - 1])
-    added = (_product((ROWS, ROWS), (x, s.B.at[slot, :, slab]), spare=spare) for slab in slabs)
-    return y, tuple(decay * v + a for v, a in zip(state, added, strict=True))
+    added = (_product((ROWS, ROWS), (x, s.B.at[slot, :, slab]), spare=_spare_of(lane, s)) for slab in slabs)
+    return tuple(decay * v + a for v, a in zip(state, added, strict=True))

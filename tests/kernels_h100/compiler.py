@@ -49,6 +49,7 @@ class Kernel(NamedTuple):
     name: str
     registers: int
     spill_bytes: int
+    shared_memory: int
     wgmma: int
     tma: int
 
@@ -57,12 +58,11 @@ class Report(NamedTuple):
     """A compiled function.
 
     Attributes:
-      kernels: the Mosaic GPU kernels. shared_memory: bytes, the largest of all its kernels, XLA's own too.
-      temporary_bytes: device memory beside arguments and results. hlo: the optimised module.
+      kernels: the Mosaic GPU kernels. temporary_bytes: device memory beside arguments and results.
+      hlo: the optimised module.
     """
 
     kernels: list[Kernel]
-    shared_memory: int
     temporary_bytes: int
     hlo: str
 
@@ -73,6 +73,10 @@ class Report(NamedTuple):
     @property
     def spill_bytes(self) -> int:
         return sum(kernel.spill_bytes for kernel in self.kernels)
+
+    @property
+    def shared_memory(self) -> int:
+        return max(kernel.shared_memory for kernel in self.kernels)
 
     @property
     def wgmma(self) -> int:
@@ -91,14 +95,9 @@ def compile_for_h100(function: Callable, *avals: jax.ShapeDtypeStruct | None) ->
     avals = jax.tree.map(place, avals)
     with tempfile.TemporaryDirectory() as dump, _environment(MOSAIC_GPU_DUMP_TO=dump, MOSAIC_GPU_DUMP_PTX="1"):
         with jax.set_mesh(mesh):
-            lowered = jax.jit(function).trace(*avals).lower(lowering_platforms=("cuda",))
-            # The regular expression is what makes XLA write its thunks, which name the shared memory.
-            options = {"xla_dump_to": dump, "xla_dump_emitter_re": ".*"}
-            compiled = lowered.compile(compiler_options=options)
-        kernels = [_kernel(path) for path in sorted(Path(dump).glob("*.ptx")) if "mosaic" in path.read_text()]
-        thunks = "".join(path.read_text() for path in Path(dump).glob("*thunk_sequence.txt"))
-    shared_memory = max(map(int, re.findall(r"shared_memory: (\d+)", thunks)), default=0)
-    return Report(kernels, shared_memory, compiled.memory_analysis().temp_size_in_bytes, compiled.as_text())
+            compiled = jax.jit(function).trace(*avals).lower(lowering_platforms=("cuda",)).compile()
+        kernels = [_kernel(path) for path in sorted(Path(dump).glob("*.ptx"))]
+    return Report(kernels, compiled.memory_analysis().temp_size_in_bytes, compiled.as_text())
 
 
 def _topology():
@@ -112,11 +111,13 @@ def _kernel(path: Path) -> Kernel:
     ptx = path.read_text()
     command = [_ptxas(), "-v", "-arch=sm_90a", str(path), "-o", os.devnull]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    number = lambda pattern: max(map(int, re.findall(pattern, said)))
+    number = lambda pattern, text=said: max(map(int, re.findall(pattern, text)))
+    resources = path.with_suffix(".resources.txt").read_text()
     return Kernel(
         re.findall(r"\.entry\s+(\w+)", ptx)[0],
         number(r"Used (\d+) registers"),
         number(r"(\d+) bytes spill stores"),
+        number(r"smem_scratch_bytes=(\d+)", resources),
         len(re.findall(r"wgmma\.mma_async", ptx)),
         len(re.findall(r"cp\.async\.bulk", ptx)),
     )
