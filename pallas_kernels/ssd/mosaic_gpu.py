@@ -131,29 +131,29 @@ def _run(x, B, C, log_decay, dt, skip, state, *, reverse, interpret):
         batch, length, heads, heads // B.shape[2], width, B.shape[-1], reverse=reverse, interpret=interpret
     )
     chunked = lambda a: jnp.pad(a, [(0, 0), (0, 0), (0, -length % CHUNK)]).reshape(batch, heads, plan.chunks, CHUNK)
-    log_decay, dt = chunked(log_decay), chunked(dt)
-    coarse, fine = xla.running_sum(log_decay)
-    vectors = jnp.stack([coarse, fine, dt], axis=2).reshape(batch, heads, 3, -1)
+    # The barrier keeps XLA from computing the steps again for every term of the running sums.
+    log_decay, dt = lax.optimization_barrier((chunked(log_decay), chunked(dt)))
+    vectors = jnp.stack([*_running_sums(log_decay), dt], axis=2)
     before = state[:, :, None]
     if plan.pieces > 1:
-        weights, decay = _piece_weights(plan, coarse, fine, dt)
-        before = _states_before(decay, _piece_states(plan, x, B, weights), state)
-    return _scan(plan, x, B, C, vectors, skip, before)
+        flat = vectors.reshape(batch, heads, 3, -1)
+        before = _states_before(_piece_decays(plan, log_decay), _piece_states(plan, x, B, flat), state)
+    return _scan(plan, x, B, C, vectors.reshape(batch, heads, 3, -1), skip, before)
 
 
-def _piece_weights(plan, coarse, fine, dt):
-    """What a token adds to the state its piece leaves, [B, K, T] in the order of processing; the decay of a piece."""
-    total = coarse + fine
-    end = total[..., -1:]
-    out = total if plan.reverse else (coarse[..., -1:] - coarse) + (fine[..., -1:] - fine)
-    if plan.reverse:
-        out, end, dt = out[:, :, ::-1], end[:, :, ::-1], dt[:, :, ::-1]
-    whole = (plan.pieces - 1) * plan.piece
-    pieces = lambda a: rearrange(a[:, :, :whole], "b k (p c) l -> b k p c l", c=plan.piece)
-    out, end, dt = pieces(out), pieces(end), pieces(dt)
-    later = lax.cumsum(end, axis=3, reverse=True) - end
-    weights = jnp.exp2(out + later) * dt
-    return rearrange(weights, "b k p c l -> b k (p c l)"), jnp.exp2(end.sum(axis=(3, 4)))
+def _running_sums(log_decay):
+    """As in `xla.py`, but as sums over what came before: one pass, where a cumulative sum takes XLA six on CUDA."""
+    coarse = jnp.round(log_decay * 64) / 64
+    before = jnp.tril(jnp.ones((CHUNK, CHUNK), bool))
+    return tuple(jnp.where(before, a[..., None, :], 0).sum(axis=-1) for a in (coarse, log_decay - coarse))
+
+
+def _piece_decays(plan, log_decay):
+    """The decay over each piece but the last, [B, K, pieces - 1]."""
+    chunks = log_decay.sum(axis=-1)
+    chunks = chunks[:, :, ::-1] if plan.reverse else chunks
+    whole = chunks[:, :, : (plan.pieces - 1) * plan.piece]
+    return jnp.exp2(rearrange(whole, "b k (p c) -> b k p c", c=plan.piece).sum(axis=-1))
 
 
 def _states_before(decay, states, initial):
@@ -210,9 +210,7 @@ def _launch(plan, body, name, x, state_size, pieces, out_type, scratch):
 
 def _tiles(*shape):
     """bfloat16 matrices in shared memory, laid out for wgmma."""
-    return plgpu.SMEM(
-        shape, jnp.bfloat16, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-    )
+    return plgpu.SMEM(shape, jnp.bfloat16, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
 
 
 def _vectors(*shape):
@@ -262,9 +260,28 @@ def _load_transposed(tile):
     return plgpu.load(tile.transpose((1, 0)), layout=_WGMMA, optimized=False)
 
 
-def _scaled(x, weights):
-    """x^T in registers, each token times its weight."""
-    return (x.astype(jnp.float32) * _columns(plgpu.load(weights, layout=_PER_COLUMN))).astype(jnp.bfloat16)
+def _slabs(state_size):
+    """A state is held as [64, 64] slabs."""
+    return [pl.ds(i, ROWS) for i in range(0, state_size, ROWS)]
+
+
+def _from_start(vectors, coarse, fine):
+    """The decay from the chunk's start up to and with each token."""
+    del vectors
+    return jnp.exp2(coarse + fine)
+
+
+def _to_end(vectors, coarse, fine):
+    """The decay from each token, without its own, to the chunk's end."""
+    return jnp.exp2((vectors[_COARSE, CHUNK - 1] - coarse) + (vectors[_FINE, CHUNK - 1] - fine))
+
+
+def _next_state(state, x, weights, vectors, B, spare):
+    """The state after a chunk. x: [64, 64], x^T in registers."""
+    x = (x.astype(jnp.float32) * _columns(weights)).astype(jnp.bfloat16)
+    decay = jnp.exp2(vectors[_COARSE, CHUNK - 1] + vectors[_FINE, CHUNK - 1])
+    added = (_product((ROWS, ROWS), (x, B.at[:, slab]), spare=spare) for slab in _slabs(B.shape[-1]))
+    return tuple(decay * v + a for v, a in zip(state, added, strict=True))
 
 
 # First kernel.
@@ -273,45 +290,44 @@ def _scaled(x, weights):
 class _PieceScratch(NamedTuple):
     x: Any
     B: Any
-    weights: Any
+    vectors: Any
     loaded: Any
     consumed: Any
     spare: Any
 
 
-def _piece_states(plan, x, B, weights):
+def _piece_states(plan, x, B, vectors):
     """What each piece but the last leaves: [B, K, pieces - 1, P, N]."""
     (batch, _, heads, width), state_size = x.shape, B.shape[-1]
     slots, lanes = plan.slots, plan.lanes
     scratch = _PieceScratch(
         x=_tiles(slots, lanes, CHUNK, ROWS),
         B=_tiles(slots, CHUNK, state_size),
-        weights=_vectors(slots, plan.heads, CHUNK),
+        vectors=_vectors(slots, plan.heads, 3, CHUNK),
         loaded=plgpu.Barrier(num_arrivals=2 + lanes, num_barriers=slots),
         consumed=plgpu.Barrier(num_arrivals=lanes, num_barriers=slots),
         spare=_spare(plan),
     )
 
-    def body(x, B, weights, states, *scratch):
+    def body(x, B, vectors, states, *scratch):
         s, place, thread = _PieceScratch(*scratch), _Place(plan), lax.axis_index("thread")
-        pl.when(thread == 0)(lambda: _load_piece(plan, place, x, B, weights, s))
+        pl.when(thread == 0)(lambda: _load_piece(plan, place, x, B, vectors, s))
         pl.when(thread > 0)(lambda: _sum_piece(plan, place, thread - 1, states, s))
 
     out_type = jax.ShapeDtypeStruct((batch, heads, plan.pieces - 1, width, state_size), jnp.float32)
     run = _launch(plan, body, "ssd_piece_states", x, state_size, plan.pieces - 1, out_type, scratch)
-    return run(x, B, weights)
+    return run(x, B, vectors)
 
 
-def _load_piece(plan, place, x, B, weights, s):
+def _load_piece(plan, place, x, B, vectors, s):
     @pl.loop(0, plan.piece)
     def _(c):
         slot = lax.rem(c, plan.slots)
         pl.when(c >= plan.slots)(lambda: plgpu.barrier_wait(s.consumed.at[slot]))
-        tokens, processed = place.tokens(c), pl.ds((place.piece * plan.piece + c) * CHUNK, CHUNK)
         copy = lambda source, target: plgpu.copy_gmem_to_smem(source, target, s.loaded.at[slot])
-        _load_keys(place, B, x, tokens, s.B.at[slot], copy)
-        _load_values(plan, place, x, tokens, s.x.at[slot], copy)
-        copy(weights.at[place.batch, pl.ds(place.head, plan.heads), processed], s.weights.at[slot])
+        _load_keys(place, B, x, place.tokens(c), s.B.at[slot], copy)
+        _load_values(plan, place, x, place.tokens(c), s.x.at[slot], copy)
+        _load_vectors(plan, place, vectors, place.tokens(c), s.vectors.at[slot], copy)
 
 
 def _load_keys(place, B, x, tokens, target, copy):
@@ -325,23 +341,29 @@ def _load_values(plan, place, x, tokens, target, copy):
         copy(x.at[place.batch, tokens, place.head + head, place.rows(block)], target.at[lane])
 
 
+def _load_vectors(plan, place, vectors, tokens, target, copy):
+    copy(vectors.at[place.batch, pl.ds(place.head, plan.heads), :, tokens], target)
+
+
 def _sum_piece(plan, place, lane, states, s):
-    head, block = lax.div(lane, plan.blocks), lax.rem(lane, plan.blocks)
+    head, rows = lax.div(lane, plan.blocks), place.rows(lax.rem(lane, plan.blocks))
+    slabs = _slabs(states.shape[-1])
 
-    def accumulate(acc):
-        @pl.loop(0, plan.piece)
-        def _(c):
-            slot = lax.rem(c, plan.slots)
-            plgpu.barrier_wait(s.loaded.at[slot])
-            x = _scaled(_load_transposed(s.x.at[slot, lane]), s.weights.at[slot, head])
-            _accumulate(acc, x, s.B.at[slot], _spare_of(lane, s))
-            plgpu.wgmma_wait(0)
-            plgpu.barrier_arrive(s.consumed.at[slot])
+    def chunk(c, state):
+        slot = lax.rem(c, plan.slots)
+        plgpu.barrier_wait(s.loaded.at[slot])
+        vectors = s.vectors.at[slot, head]
+        coarse, fine, step = (plgpu.load(vectors.at[i], layout=_PER_COLUMN) for i in range(3))
+        weights = (_from_start if plan.reverse else _to_end)(vectors, coarse, fine) * step
+        x = _load_transposed(s.x.at[slot, lane])
+        state = _next_state(state, x, weights, vectors, s.B.at[slot], _spare_of(lane, s))
+        plgpu.barrier_arrive(s.consumed.at[slot])
+        return state
 
-        return acc[...]
-
-    state = pl.run_scoped(accumulate, plgpu.ACC((ROWS, states.shape[-1]), jnp.float32))
-    states.at[place.batch, place.head + head, place.piece, place.rows(block)][...] = state
+    zero = plgpu.layout_cast(jnp.zeros((ROWS, ROWS), jnp.float32), _WGMMA)
+    state = lax.fori_loop(0, plan.piece, chunk, (zero,) * len(slabs))
+    for slab, value in zip(slabs, state, strict=True):
+        states.at[place.batch, place.head + head, place.piece, rows, slab][...] = value
 
 
 # Second kernel.
@@ -432,7 +454,7 @@ def _load_chunk(plan, place, c, x, B, C, vectors, s):
     _load_keys(place, B, x, tokens, s.B.at[slot], copy)
     _load_keys(place, C, x, tokens, s.C.at[slot], copy)
     _load_values(plan, place, x, tokens, s.x.at[slot], copy)
-    copy(vectors.at[place.batch, pl.ds(place.head, plan.heads), :, tokens], s.vectors.at[slot])
+    _load_vectors(plan, place, vectors, tokens, s.vectors.at[slot], copy)
 
 
 def _link(plan, scores, skip, slot, head, s):
@@ -447,18 +469,16 @@ def _link(plan, scores, skip, slot, head, s):
     links += jnp.where(row == column, skip, 0.0)
     s.links.at[slot, head][...] = links.astype(jnp.bfloat16)
 
-    from_start = jnp.exp2(coarse + fine)
-    to_end = jnp.exp2((vectors[_COARSE, CHUNK - 1] - coarse) + (vectors[_FINE, CHUNK - 1] - fine))
-    into, outof = (to_end, from_start) if plan.reverse else (from_start, to_end)
-    s.into.at[slot, head][...] = into
-    s.outof.at[slot, head][...] = outof * step
+    into, outof = (_to_end, _from_start) if plan.reverse else (_from_start, _to_end)
+    s.into.at[slot, head][...] = into(vectors, coarse, fine)
+    s.outof.at[slot, head][...] = outof(vectors, coarse, fine) * step
 
 
 def _advance(plan, place, lane, before, y, after, s):
     """The other warpgroups: 64 rows of a state, from chunk to chunk."""
     _take_registers(plan, 1)
     head, rows = lax.div(lane, plan.blocks), place.rows(lax.rem(lane, plan.blocks))
-    slabs = [pl.ds(i, ROWS) for i in range(0, before.shape[-1], ROWS)]
+    slabs = _slabs(before.shape[-1])
 
     def chunk(c, state):
         slot = lax.rem(c, plan.slots)
@@ -469,7 +489,8 @@ def _advance(plan, place, lane, before, y, after, s):
         s.y.at[lane].transpose((1, 0))[...] = plgpu.layout_cast(out, plgpu.Layout.WGMMA_TRANSPOSED)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(s.y.at[lane], y.at[place.batch, place.tokens(c), place.head + head, rows])
-        state = _next_state(state, x, slot, head, lane, slabs, s)
+        weights = plgpu.load(s.outof.at[slot, head], layout=_PER_COLUMN)
+        state = _next_state(state, x, weights, s.vectors.at[slot, head], s.B.at[slot], _spare_of(lane, s))
         plgpu.barrier_arrive(s.consumed.at[slot])
         return state
 
@@ -495,10 +516,3 @@ def _outputs(state, slot, head, lane, slabs, s):
     within = _product((ROWS, CHUNK), (x, s.links.at[slot, head].transpose((1, 0))), spare=spare)
     y = carried * _columns(plgpu.load(s.into.at[slot, head], layout=_PER_COLUMN)) + within
     return y.astype(jnp.bfloat16), x
-
-
-def _next_state(state, x, slot, head, lane, slabs, s):
-    x = _scaled(x, s.outof.at[slot, head])
-    decay = jnp.exp2(s.vectors[slot, head, _COARSE, CHUNK - 1] + s.vectors[slot, head, _FINE, CHUNK - 1])
-    added = (_product((ROWS, ROWS), (x, s.B.at[slot, :, slab]), spare=_spare_of(lane, s)) for slab in slabs)
-    return tuple(decay * v + a for v, a in zip(state, added, strict=True))

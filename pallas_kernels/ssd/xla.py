@@ -129,7 +129,7 @@ def _group(x, dt, A, B, C, state, links):
     per_token = lambda a: rearrange(a, "b c h l -> b c l h 1")
     log_decay = jnp.maximum(dt * A[:, None], SMALLEST_LOG_DECAY)
     # Without the barrier XLA computes the running sums again for every pair of tokens.
-    coarse, fine = jax.lax.optimization_barrier(running_sum(log_decay))
+    coarse, fine = jax.lax.optimization_barrier(_running_sum(log_decay))
     pair = (coarse[..., :, None] - coarse[..., None, :]) + (fine[..., :, None] - fine[..., None, :])
     total = coarse + fine  # log decay from the chunk's start up to and with each token
 
@@ -149,7 +149,7 @@ def _group(x, dt, A, B, C, state, links):
     return rearrange(y, "b c l h p -> b (c l) h p"), rearrange(state, "b n h p -> b h p n")
 
 
-def running_sum(log_decay):
+def _running_sum(log_decay):
     """Running sum over a chunk in two parts whose differences stay exact.
 
     A float32 sum near -1000 is off by 3e-5, which a difference of two such sums passes on to exp(). The coarse part is
