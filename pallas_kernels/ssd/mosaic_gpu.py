@@ -329,6 +329,16 @@ def _load_piece(plan, place, x, B, vectors, s):
         _load_values(plan, place, x, place.tokens(c), s.x.at[slot], copy)
         _load_vectors(plan, place, vectors, place.tokens(c), s.vectors.at[slot], copy)
 
+    _drain(plan, plan.piece, s)
+
+
+def _drain(plan, chunks, s):
+    """Waits for what is still in the slots."""
+
+    @pl.loop(jnp.maximum(0, chunks - plan.slots), chunks)
+    def _(c):
+        plgpu.barrier_wait(s.consumed.at[lax.rem(c, plan.slots)])
+
 
 def _load_keys(place, B, x, tokens, target, copy):
     share = x.shape[2] // B.shape[2]
@@ -446,6 +456,8 @@ def _load_and_link(plan, place, inputs, skip, s):
         def _():
             plgpu.barrier_wait(s.consumed.at[lax.rem(c - 1, plan.slots)])
             _load_chunk(plan, place, c - 1 + plan.slots, *inputs, s)
+
+    _drain(plan, place.chunks, s)
 
 
 def _load_chunk(plan, place, c, x, B, C, vectors, s):
