@@ -101,9 +101,8 @@ def _forward(x, dt, A, B, C, D, initial_state, documents, initial_document, inte
     x = jnp.pad(x, [(0, 0)] * 4 + [(0, missing)])
     state = jnp.pad(initial_state, [(0, 0)] * 3 + [(0, missing), (0, 0)])
     heads = lambda a: rearrange(a, "b t g h ... -> b t (g h) ...")
-    per_head = lambda a: rearrange(a, "b t g h -> b (g h) t")
     y, state = _run(
-        heads(x), B, C, per_head(log_decay), per_head(dt), D.reshape(-1), rearrange(state, "b g h p n -> b (g h) p n"),
+        heads(x), B, C, heads(log_decay), heads(dt), D.reshape(-1), rearrange(state, "b g h p n -> b (g h) p n"),
         reverse=False, interpret=interpret,
     )  # fmt: skip
     y = rearrange(y, "b t (g h) p -> b t g h p", g=groups)
@@ -119,7 +118,7 @@ def _run(x, B, C, log_decay, dt, skip, state, *, reverse, interpret):
 
     Args:
       x: [B, T, K, P] bfloat16. B, C: [B, T, G, N] bfloat16; K / G heads share them.
-      log_decay: base 2, [B, K, T] float32. dt: the same shape. skip: [K] float32.
+      log_decay: base 2, [B, T, K] float32. dt: the same shape. skip: [K] float32.
       state: [B, K, P, N] float32, before the first token (after the last one in reverse).
       reverse: y_s = S_s C_s with S_s = exp(log_decay_{s+1}) S_{s+1} + dt_s x_s B_s.
 
@@ -130,30 +129,33 @@ def _run(x, B, C, log_decay, dt, skip, state, *, reverse, interpret):
     plan = tuning.plan(
         batch, length, heads, heads // B.shape[2], width, B.shape[-1], reverse=reverse, interpret=interpret
     )
-    chunked = lambda a: jnp.pad(a, [(0, 0), (0, 0), (0, -length % CHUNK)]).reshape(batch, heads, plan.chunks, CHUNK)
+    chunked = lambda a: jnp.pad(a, [(0, 0), (0, -length % CHUNK), (0, 0)]).reshape(batch, plan.chunks, CHUNK, heads)
     # The barrier keeps XLA from computing the steps again for every term of the running sums.
     log_decay, dt = lax.optimization_barrier((chunked(log_decay), chunked(dt)))
-    vectors = jnp.stack([*_running_sums(log_decay), dt], axis=2)
+    coarse, fine = _running_sums(log_decay)
+    vectors = rearrange(jnp.stack([coarse, fine, dt]), "v b c l k -> b k v (c l)")
     before = state[:, :, None]
     if plan.pieces > 1:
-        flat = vectors.reshape(batch, heads, 3, -1)
-        before = _states_before(_piece_decays(plan, log_decay), _piece_states(plan, x, B, flat), state)
-    return _scan(plan, x, B, C, vectors.reshape(batch, heads, 3, -1), skip, before)
+        decay = _piece_decays(plan, coarse[:, :, -1] + fine[:, :, -1])
+        before = _states_before(decay, _piece_states(plan, x, B, vectors), state)
+    return _scan(plan, x, B, C, vectors, skip, before)
 
 
 def _running_sums(log_decay):
-    """As in `xla.py`, but as sums over what came before: one pass, where a cumulative sum takes XLA six on CUDA."""
+    """As in `xla.py`, but as sums over what came before: one pass, where a cumulative sum takes XLA six on CUDA.
+
+    [B, c, l, K] -> twice the same.
+    """
     coarse = jnp.round(log_decay * 64) / 64
-    before = jnp.tril(jnp.ones((CHUNK, CHUNK), bool))
-    return tuple(jnp.where(before, a[..., None, :], 0).sum(axis=-1) for a in (coarse, log_decay - coarse))
+    before = jnp.tril(jnp.ones((CHUNK, CHUNK), bool))[:, :, None]
+    return tuple(jnp.where(before, a[:, :, None], 0).sum(axis=3) for a in (coarse, log_decay - coarse))
 
 
-def _piece_decays(plan, log_decay):
-    """The decay over each piece but the last, [B, K, pieces - 1]."""
-    chunks = log_decay.sum(axis=-1)
-    chunks = chunks[:, :, ::-1] if plan.reverse else chunks
-    whole = chunks[:, :, : (plan.pieces - 1) * plan.piece]
-    return jnp.exp2(rearrange(whole, "b k (p c) -> b k p c", c=plan.piece).sum(axis=-1))
+def _piece_decays(plan, chunks):
+    """The decay over each piece but the last, [B, K, pieces - 1]. chunks: log decay over each chunk, [B, c, K]."""
+    chunks = chunks[:, ::-1] if plan.reverse else chunks
+    whole = rearrange(chunks[:, : (plan.pieces - 1) * plan.piece], "b (p c) k -> b k p c", c=plan.piece)
+    return jnp.exp2(whole.sum(axis=-1))
 
 
 def _states_before(decay, states, initial):
