@@ -45,7 +45,7 @@ _LOG2E = math.log2(math.e)
 _RESET = -256.0  # log2 of the decay into a new document
 _WGMMA = plgpu.Layout.WGMMA
 _PER_ROW, _PER_COLUMN = _WGMMA.reduce(1), _WGMMA.reduce(0)
-_COARSE, _FINE, _STEP = range(3)  # of `vectors`
+_COARSE, _FINE = 0, 1  # of `vectors`; the third are the steps
 
 
 def supports(x: Any, B: Any, C: Any) -> str | None:
@@ -104,9 +104,7 @@ def _forward(x, dt, A, B, C, D, initial_state, documents, initial_document, inte
     heads = lambda a: rearrange(a, "b t g h ... -> b t (g h) ...")
     x = heads(x)
     batch, length, count, _ = x.shape
-    plan = tuning.plan(
-        batch, length, count, count // groups, x.shape[-1], B.shape[-1], reverse=False, interpret=interpret
-    )
+    plan = tuning.plan(batch, length, count, count // groups, x.shape[-1], B.shape[-1], interpret=interpret)
     state = rearrange(state, "b g h p n -> b (g h) p n")
     y, state = _run(plan, x, B, C, heads(log_decay), heads(dt), D.reshape(-1), state)
     y = rearrange(y, "b t (g h) p -> b t g h p", g=groups)
@@ -122,13 +120,12 @@ def _run(plan, x, B, C, log_decay, dt, skip, state):
     """A scan of K heads.
 
     Args:
-      plan: in reverse, y_s = S_s C_s with S_s = exp(log_decay_{s+1}) S_{s+1} + dt_s x_s B_s.
       x: [B, T, K, P] bfloat16. B, C: [B, T, G, N] bfloat16; K / G heads share them.
       log_decay: base 2, [B, T, K] float32. dt: the same shape. skip: [K] float32.
-      state: [B, K, P, N] float32, before the first token (after the last one in reverse).
+      state: [B, K, P, N] float32, before the first token.
 
     Returns:
-      y like x, and the state on the other side.
+      y like x, and the state after the last token.
     """
     batch, length, heads, _ = x.shape
     chunked = lambda a: jnp.pad(a, [(0, 0), (0, -length % CHUNK), (0, 0)]).reshape(batch, plan.chunks, CHUNK, heads)
@@ -158,7 +155,6 @@ def _running_sums(log_decay):
 
 def _piece_decays(plan, chunks):
     """The decay over each piece but the last, [B, K, pieces - 1]. chunks: log decay over each chunk, [B, c, K]."""
-    chunks = chunks[:, ::-1] if plan.reverse else chunks
     whole = rearrange(chunks[:, : (plan.pieces - 1) * plan.piece], "b (p c) k -> b k p c", c=plan.piece)
     return jnp.exp2(whole.sum(axis=-1))
 
@@ -191,15 +187,14 @@ class _Place:
 
     def tokens(self, c):
         """The tokens of the piece's chunk `c`."""
-        chunk = self.piece * self._plan.piece + c
-        return pl.ds((self._plan.chunks - 1 - chunk if self._plan.reverse else chunk) * CHUNK, CHUNK)
+        return pl.ds((self.piece * self._plan.piece + c) * CHUNK, CHUNK)
 
     def rows(self, block):
         """The rows of the thread block's row block `block`."""
         return pl.ds((self.block + block) * ROWS, ROWS)
 
 
-def _launch(plan, body, name, x, state_size, pieces, out_type, scratch):
+def _launch(plan, body, name, x, pieces, out_type, scratch):
     batch, _, heads, width = x.shape
     body.__name__ = name
     return plgpu.kernel(
@@ -272,12 +267,6 @@ def _slabs(state_size):
     return [pl.ds(i, ROWS) for i in range(0, state_size, ROWS)]
 
 
-def _from_start(vectors, coarse, fine):
-    """The decay from the chunk's start up to and with each token."""
-    del vectors
-    return jnp.exp2(coarse + fine)
-
-
 def _to_end(vectors, coarse, fine):
     """The decay from each token, without its own, to the chunk's end."""
     return jnp.exp2((vectors[_COARSE, CHUNK - 1] - coarse) + (vectors[_FINE, CHUNK - 1] - fine))
@@ -322,7 +311,7 @@ def _piece_states(plan, x, B, vectors):
         pl.when(thread > 0)(lambda: _sum_piece(plan, place, thread - 1, states, s))
 
     out_type = jax.ShapeDtypeStruct((batch, heads, plan.pieces - 1, width, state_size), jnp.float32)
-    run = _launch(plan, body, "ssd_piece_states", x, state_size, plan.pieces - 1, out_type, scratch)
+    run = _launch(plan, body, "ssd_piece_states", x, plan.pieces - 1, out_type, scratch)
     return run(x, B, vectors)
 
 
@@ -371,7 +360,7 @@ def _sum_piece(plan, place, lane, states, s):
         plgpu.barrier_wait(s.loaded.at[slot])
         vectors = s.vectors.at[slot, head]
         coarse, fine, step = (plgpu.load(vectors.at[i], layout=_PER_COLUMN) for i in range(3))
-        weights = (_from_start if plan.reverse else _to_end)(vectors, coarse, fine) * step
+        weights = _to_end(vectors, coarse, fine) * step
         x = _load_transposed(s.x.at[slot, lane])
         state = _next_state(state, x, weights, vectors, s.B.at[slot], _spare_of(lane, s))
         plgpu.barrier_arrive(s.consumed.at[slot])
@@ -432,7 +421,7 @@ def _scan(plan, x, B, C, vectors, skip, before):
 
     after = jax.ShapeDtypeStruct((batch, heads, width, state_size), jnp.float32)
     out_type = (jax.ShapeDtypeStruct(x.shape, x.dtype), after)
-    run = _launch(plan, body, "ssd_scan", x, state_size, plan.pieces, out_type, scratch)
+    run = _launch(plan, body, "ssd_scan", x, plan.pieces, out_type, scratch)
     return run(x, B, C, vectors, skip, before)
 
 
@@ -483,14 +472,12 @@ def _link(plan, scores, skip, slot, head, s):
     column_coarse, column_fine, column_step = (plgpu.load(vectors.at[i], layout=_PER_COLUMN) for i in range(3))
     pair = (_rows(coarse) - _columns(column_coarse)) + (_rows(fine) - _columns(column_fine))
     row, column = (plgpu.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), i, layout=_WGMMA) for i in (0, 1))
-    exists, pair = (row <= column, -pair) if plan.reverse else (row >= column, pair)
-    links = jnp.where(exists, scores * jnp.exp2(pair) * _columns(column_step), 0.0)
+    links = jnp.where(row >= column, scores * jnp.exp2(pair) * _columns(column_step), 0.0)
     links += jnp.where(row == column, skip, 0.0)
     s.links.at[slot, head][...] = links.astype(jnp.bfloat16)
 
-    into, outof = (_to_end, _from_start) if plan.reverse else (_from_start, _to_end)
-    s.into.at[slot, head][...] = into(vectors, coarse, fine)
-    s.outof.at[slot, head][...] = outof(vectors, coarse, fine) * step
+    s.into.at[slot, head][...] = jnp.exp2(coarse + fine)
+    s.outof.at[slot, head][...] = _to_end(vectors, coarse, fine) * step
 
 
 def _advance(plan, place, lane, before, y, after, s):

@@ -19,7 +19,7 @@ class Plan(NamedTuple):
     Attributes:
       chunks: of the whole sequence. piece: chunks in a piece. slots: chunks in flight.
       heads, blocks: of a thread block: heads, and row blocks of each; one warpgroup for each of these.
-      reverse: whether the scan runs from the last token to the first. interpret: on the CPU.
+      interpret: on the CPU.
     """
 
     chunks: int
@@ -27,7 +27,6 @@ class Plan(NamedTuple):
     slots: int
     heads: int
     blocks: int
-    reverse: bool
     interpret: bool
 
     @property
@@ -39,9 +38,7 @@ class Plan(NamedTuple):
         return self.heads * self.blocks
 
 
-def plan(
-    batch: int, length: int, heads: int, share: int, width: int, state: int, *, reverse: bool, interpret: bool
-) -> Plan:
+def plan(batch: int, length: int, heads: int, share: int, width: int, state: int, *, interpret: bool) -> Plan:
     """The plan for a scan of `heads` heads of which `share` share B and C."""
     blocks = -(-width // ROWS)
     wide = state > 128  # 64 x 256 float32 take half of the registers there are: one warpgroup of states
@@ -50,7 +47,7 @@ def plan(
     chunks = -(-length // CHUNK)
     thread_blocks = batch * heads // lane_heads * blocks // lane_blocks
     slots = min(chunks, 2 if wide else 3)
-    return Plan(chunks, _piece(chunks, thread_blocks), slots, lane_heads, lane_blocks, reverse, interpret)
+    return Plan(chunks, _piece(chunks, thread_blocks), slots, lane_heads, lane_blocks, interpret)
 
 
 def _piece(chunks: int, thread_blocks: int) -> int:

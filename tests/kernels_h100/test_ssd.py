@@ -63,7 +63,7 @@ def test_heads_that_fill_the_gpu_need_no_first_pass():
 
 @pytest.mark.parametrize("name", ["nano", "ultra"])
 def test_memory_holds_no_state_of_every_chunk(name):
-    """All chunk states would be 128 times the result's; pieces, sums and steps are less than twice that of x."""
+    """All chunk states would be 128 times the result's; pieces, sums and steps are less than half of x."""
     x = avals(**MODELS[name])["x"]
     assert report(name).temporary_bytes < 0.5 * x.size * x.dtype.itemsize
 
