@@ -36,7 +36,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import documents as docs
-from pallas_kernels.matvec import with_gradient_of
 from pallas_kernels.ssd import tuning, xla
 from pallas_kernels.ssd.reference import step_size
 from pallas_kernels.ssd.tuning import CHUNK, ROWS
@@ -85,7 +84,14 @@ def ssd(
     def fast(x, dt, A, B, C, D, dt_bias, *rest):
         return _forward(x, step_size(dt, dt_bias, dt_limit), A, B, C, D, *rest, interpret)
 
-    return with_gradient_of(plain, fast)(x, dt, A, B, C, D, dt_bias, initial_state, documents, initial_document)
+    def backward(inputs, cotangents):
+        # Without the barrier XLA computes the forward pass of every layer again before it needs the first.
+        inputs, cotangents = lax.optimization_barrier((inputs, cotangents))
+        return jax.vjp(plain, *inputs)[1](cotangents)
+
+    run = jax.custom_vjp(fast)
+    run.defvjp(lambda *inputs: (fast(*inputs), inputs), backward)
+    return run(x, dt, A, B, C, D, dt_bias, initial_state, documents, initial_document)
 
 
 def _forward(x, dt, A, B, C, D, initial_state, documents, initial_document, interpret):
