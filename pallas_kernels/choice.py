@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 import jax
 
 DEFAULT = "xla"
-# Whether a CUDA program whose GPU is not known may hold Hopper kernels. Set to False on a machine with another GPU.
-HOPPER = True
+# The Hopper kernels have been interpreted and compiled, but not yet run on a GPU: they must be named.
+HOPPER_BY_DEFAULT = False
 
 
 def choose(
@@ -40,12 +40,12 @@ def choose(
 
 
 def hopper() -> bool:
-    """Whether the CUDA branch of a program may hold Hopper kernels.
+    """Whether None means the Hopper kernels in the CUDA branch of a program.
 
-    The mesh of the context says which GPU a program is for (`jax.set_mesh`), whether or not that GPU is present;
-    without a mesh, `HOPPER` does. Devices are never asked: that would rule out compiling for a GPU that is not there.
+    The mesh of the context says which GPU a program is for (`jax.set_mesh`), whether or not that GPU is present.
+    Devices are never asked: that would rule out compiling for a GPU that is not there.
     """
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     if device is None or device.platform not in ("gpu", "cuda"):
-        return HOPPER
-    return re.search(r"\bG?H\d{2,3}\b", device.device_kind) is not None
+        return HOPPER_BY_DEFAULT
+    return HOPPER_BY_DEFAULT and re.search(r"\bG?H\d{2,3}\b", device.device_kind) is not None

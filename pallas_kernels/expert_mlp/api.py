@@ -6,7 +6,7 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import matvec
-from pallas_kernels.choice import choose
+from pallas_kernels.choice import choose, hopper
 from pallas_kernels.expert_mlp import mosaic_gpu, reference, xla
 
 IMPLEMENTATIONS = {"xla": xla.expert_mlp, "mosaic_gpu": mosaic_gpu.expert_mlp, "reference": reference.expert_mlp}
@@ -34,7 +34,7 @@ _best_for_tokens = matvec.with_gradient_of(
 def _choose(operation, implementations, best, name, *arrays):
     """The implementation called `name`; for None the best of each platform."""
     reason = mosaic_gpu.supports(*arrays)
-    if name is None and reason is None:
+    if name is None and reason is None and hopper():
         return best
     if name == "mosaic_gpu" and reason is not None:
         raise ValueError(f"{operation}: implementation 'mosaic_gpu' cannot run: {reason}; use 'xla'")
@@ -57,8 +57,8 @@ def expert_mlp(
       up: input vectors of the hidden units. down: output vectors of the same units.
       weights: router weight of each row, float32.
       group_sizes: rows of each expert; any may be 0.
-      implementation: `"mosaic_gpu"` (Hopper), `"xla"`, `"reference"`, or None: Mosaic GPU on CUDA where it supports the
-        arrays, else XLA.
+      implementation: `"mosaic_gpu"` (Hopper), `"xla"`, `"reference"`, or None for the default
+        (`pallas_kernels.choice`).
 
     Returns:
       float32 rows; zero beyond the last group.
@@ -90,8 +90,8 @@ def token_mlp(
     Args:
       x: one row a token. up, down: see `expert_mlp`.
       ids: experts of each row. weights: router weight of each, float32.
-      implementation: `"mosaic_gpu"` (Hopper), `"xla"`, `"reference"`, or None: Mosaic GPU on CUDA where it supports the
-        arrays, else XLA.
+      implementation: `"mosaic_gpu"` (Hopper), `"xla"`, `"reference"`, or None for the default
+        (`pallas_kernels.choice`).
 
     Returns:
       float32 rows.

@@ -37,8 +37,8 @@ def flash_attention(
       start: position of the first query of each row; default 0. Negative or beyond S where the keys are a stretch of a
         longer sequence.
       documents: see `pallas_kernels.documents`. key_documents: the same of the keys; give both or neither.
-      implementation: `"xla"`, `"mosaic_gpu"` (Hopper; bfloat16, P = 128), `"reference"`, or None: the Hopper kernels in
-        programs for such a GPU where they can run, else `"xla"`.
+      implementation: `"xla"`, `"mosaic_gpu"` (Hopper; bfloat16, P = 128), `"reference"`, or None for the default
+        (`pallas_kernels.choice`).
 
     Returns:
       The output in q's dtype (zero where nothing is visible) and the log-sum-exp of the scores, float32 (-inf there).

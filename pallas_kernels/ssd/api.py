@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.choice import choose
+from pallas_kernels.choice import choose, hopper
 from pallas_kernels.ssd import mosaic_gpu, reference, xla
 
 IMPLEMENTATIONS = {"xla": xla.ssd, "mosaic_gpu": mosaic_gpu.ssd, "reference": reference.ssd}
@@ -49,8 +49,8 @@ def ssd(
       documents: see `pallas_kernels.documents`.
       initial_document: document that `initial_state` belongs to; default 0 (none) with `documents`.
       chunk_size: most tokens a chunk; changes the blocking, not the result.
-      implementation: `"xla"`, `"mosaic_gpu"` (Hopper), `"reference"`, or None for the default: on CUDA the kernels
-        where they support the inputs, `"xla"` otherwise.
+      implementation: `"xla"`, `"mosaic_gpu"` (Hopper), `"reference"`, or None for the default
+        (`pallas_kernels.choice`).
 
     Returns:
       y in x's dtype (unspecified at pads) and the state after the last token, float32.
@@ -75,7 +75,7 @@ def ssd(
     if implementation == "mosaic_gpu" and reason:
         raise ValueError(f"ssd: mosaic_gpu cannot run: {reason}")
     run = choose("ssd", IMPLEMENTATIONS, implementation)
-    if implementation is None and reason is None:
+    if implementation is None and reason is None and hopper():
         run = functools.partial(_kernels_on_cuda, run)
     inputs = (x, dt, A, B, C, D, dt_bias)
     return run(*inputs, dt_limit, initial_state.astype(jnp.float32), documents, initial_document, chunk_size)

@@ -1,44 +1,24 @@
-<<<<<<< HEAD
 """Compiles for an H100 that is not there: XLA's whole GPU compiler and ptxas run, only the device is a description."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.util
-=======
-"""Compiles a function for an H100 that is not there, and reads what the compiler says about it.
-
-Needs the compiler half of jax's CUDA plugin (`pip install jax-cuda13-plugin jax-cuda13-pjrt`) and `ptxas`; neither a
-GPU nor a driver.
-"""
-
-from __future__ import annotations
-
-import contextlib
->>>>>>> 5f363eafef66cd3e47dd6a30798ce80d7dce5dd7
 import os
 import re
 import shutil
 import subprocess
-<<<<<<< HEAD
 import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest import mock
-=======
-import sys
-import tempfile
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple
->>>>>>> 5f363eafef66cd3e47dd6a30798ce80d7dce5dd7
 
 import jax
 import numpy as np
 import pytest
 from jax.experimental import topologies
-<<<<<<< HEAD
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 SHARED_MEMORY_LIMIT = 232_448  # bytes of one thread block
@@ -61,31 +41,10 @@ gpu_device_info {
 platform_name: "CUDA"
 dnn_version_info { major: 9 minor: 12 }
 runtime_version { major: 13 }
-=======
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-
-SHARED_MEMORY_LIMIT = 232_448  # bytes a block may ask for
-
-# NVIDIA's published limits of an H100 SXM, in the fields of XLA's GpuTargetConfigProto.
-_H100 = """
-gpu_device_info {
-  threads_per_block_limit: 1024  threads_per_warp: 32
-  shared_memory_per_block: 49152  shared_memory_per_core: 233472  shared_memory_per_block_optin: 232448
-  threads_per_core_limit: 2048  core_count: 132  fpus_per_core: 128
-  block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
-  memory_bandwidth: 3352320000000  l2_cache_size: 52428800  clock_rate_ghz: 1.98  device_memory_size: 84942979072
-  cuda_compute_capability { major: 9 }
-  registers_per_core_limit: 65536  registers_per_block_limit: 65536
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 12 }
-runtime_version { major: 13 minor: 0 patch: 0 }
->>>>>>> 5f363eafef66cd3e47dd6a30798ce80d7dce5dd7
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
 
 
-<<<<<<< HEAD
 @dataclasses.dataclass(frozen=True)
 class Kernel:
     """One Mosaic GPU kernel.
@@ -93,10 +52,6 @@ class Kernel:
     shared_memory: bytes of a thread block, without its barriers (the compiler refuses what goes over the limit with
     them); wgmma, tma: instructions in the kernel's text.
     """
-=======
-class Kernel(NamedTuple):
-    """What ptxas says about one hand-written kernel, and how often its PTX uses the Hopper instructions."""
->>>>>>> 5f363eafef66cd3e47dd6a30798ce80d7dce5dd7
 
     name: str
     registers: int
@@ -106,7 +61,6 @@ class Kernel(NamedTuple):
     tma: int
 
 
-<<<<<<< HEAD
 @dataclasses.dataclass(frozen=True)
 class Report:
     """The Mosaic GPU kernels of a program in the order of their names, its temporaries in bytes, its optimised HLO."""
@@ -116,12 +70,12 @@ class Report:
     hlo: str
 
 
-def compile_for_h100(function: Callable, *arguments: jax.ShapeDtypeStruct) -> Report:
-    """Compiles `function` for one abstract H100; raises what the compiler raises."""
+def compile_for_h100(function: Callable, *arguments: Any) -> Report:
+    """Compiles `function` of trees of `ShapeDtypeStruct` for one abstract H100; raises what the compiler raises."""
     topology = topologies.get_topology_desc(platform="cuda", target_config=_H100, topology="1x1x1")
     mesh = Mesh(np.array(topology.devices), ("device",))
     place = NamedSharding(mesh, PartitionSpec())
-    arguments = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place) for a in arguments]
+    arguments = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), arguments)
     with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, _dump_to(folder)), jax.set_mesh(mesh):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of the compiler's own Python
@@ -150,93 +104,3 @@ def _kernel(path):
         wgmma=source.count("wgmma.mma_async"),
         tma=source.count("cp.async.bulk.tensor"),
     )
-=======
-class Report(NamedTuple):
-    """A compiled function.
-
-    Attributes:
-      kernels: the Mosaic GPU kernels. temporary_bytes: device memory beside arguments and results.
-      hlo: the optimised module.
-    """
-
-    kernels: list[Kernel]
-    temporary_bytes: int
-    hlo: str
-
-    @property
-    def registers(self) -> int:
-        return max(kernel.registers for kernel in self.kernels)
-
-    @property
-    def spill_bytes(self) -> int:
-        return sum(kernel.spill_bytes for kernel in self.kernels)
-
-    @property
-    def shared_memory(self) -> int:
-        return max(kernel.shared_memory for kernel in self.kernels)
-
-    @property
-    def wgmma(self) -> int:
-        return sum(kernel.wgmma for kernel in self.kernels)
-
-    @property
-    def tma(self) -> int:
-        return sum(kernel.tma for kernel in self.kernels)
-
-
-def compile_for_h100(function: Callable, *avals: Any) -> Report:
-    """Compiles `function(*avals)` for one H100; raises what the compiler raises. Skips the test without a compiler."""
-    mesh = Mesh(np.array(_topology().devices).reshape(1), ("device",), axis_types=(AxisType.Auto,))
-    sharding = NamedSharding(mesh, PartitionSpec())
-    place = lambda aval: jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=sharding)
-    avals = jax.tree.map(place, avals)
-    with tempfile.TemporaryDirectory() as dump, _environment(MOSAIC_GPU_DUMP_TO=dump, MOSAIC_GPU_DUMP_PTX="1"):
-        with jax.set_mesh(mesh):
-            compiled = jax.jit(function).trace(*avals).lower(lowering_platforms=("cuda",)).compile()
-        kernels = [_kernel(path) for path in sorted(Path(dump).glob("*.ptx"))]
-    return Report(kernels, compiled.memory_analysis().temp_size_in_bytes, compiled.as_text())
-
-
-def _topology():
-    try:
-        return topologies.get_topology_desc(platform="cuda", target_config=_H100, topology="1x1x1")
-    except Exception as error:
-        pytest.skip(f"no CUDA compiler for jax here (pip install jax-cuda13-plugin jax-cuda13-pjrt): {error}")
-
-
-def _kernel(path: Path) -> Kernel:
-    ptx = path.read_text()
-    command = [_ptxas(), "-v", "-arch=sm_90a", str(path), "-o", os.devnull]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    number = lambda pattern, text=said: max(map(int, re.findall(pattern, text)))
-    resources = path.with_suffix(".resources.txt").read_text()
-    return Kernel(
-        re.findall(r"\.entry\s+(\w+)", ptx)[0],
-        number(r"Used (\d+) registers"),
-        number(r"(\d+) bytes spill stores"),
-        number(r"smem_scratch_bytes=(\d+)", resources),
-        len(re.findall(r"wgmma\.mma_async", ptx)),
-        len(re.findall(r"cp\.async\.bulk", ptx)),
-    )
-
-
-def _ptxas() -> str:
-    places = [Path("/usr/local/cuda/bin"), *(Path(root, "nvidia/cu13/bin") for root in sys.path)]
-    if found := shutil.which("ptxas", path=os.pathsep.join([os.environ.get("PATH", ""), *map(str, places)])):
-        return found
-    pytest.skip("no ptxas here (pip install nvidia-cuda-nvcc)")
-
-
-@contextlib.contextmanager
-def _environment(**variables: str):
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
->>>>>>> 5f363eafef66cd3e47dd6a30798ce80d7dce5dd7
