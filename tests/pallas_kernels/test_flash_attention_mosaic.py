@@ -154,7 +154,7 @@ def test_named_implementation_says_why_it_cannot_run(change, message):
 @pytest.mark.parametrize("assumed", [True, False])
 def test_default_on_cpu_is_xla(assumed, monkeypatch):
     """Results and gradients of None are bit for bit those of `xla` here, whichever GPU programs are meant for."""
-    monkeypatch.setattr(choice, "HOPPER", assumed)
+    monkeypatch.setattr(choice, "HOPPER_BY_DEFAULT", assumed)
     q, k, v = arguments(9, 9, 2, 1)
 
     def run(name):
@@ -174,7 +174,8 @@ def test_default_on_cpu_is_xla(assumed, monkeypatch):
         ("NVIDIA B200", False),
     ],
 )
-def test_mesh_says_which_gpu(kind, expected):
+def test_mesh_says_which_gpu(kind, expected, monkeypatch):
+    monkeypatch.setattr(choice, "HOPPER_BY_DEFAULT", True)
     device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=132, platform="gpu")
     mesh = jax.sharding.AbstractMesh((1,), ("d",), axis_types=(jax.sharding.AxisType.Auto,), abstract_device=device)
     q, k, v = arguments(4, 4, 2, 1)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from kernel_cases import documents, fill_pads, random
 
+from pallas_kernels import choice
 from pallas_kernels.ssd import mosaic_gpu, reference, ssd, tuning
 
 plgpu = pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
@@ -189,7 +190,8 @@ def test_what_the_kernels_do_not_support_is_refused_by_name_and_left_to_xla(chan
         np.testing.assert_array_equal(np.asarray(default, np.float32), np.asarray(xla, np.float32))
 
 
-def test_the_default_on_a_cpu_is_xla():
+def test_the_default_on_a_cpu_is_xla(monkeypatch):
+    monkeypatch.setattr(choice, "HOPPER_BY_DEFAULT", True)
     values = {k: jnp.asarray(v) for k, v in arguments(70).items()}
     assert mosaic_gpu.supports(values["x"], values["B"], values["C"]) is None
     run = lambda name: jax.jit(functools.partial(ssd, implementation=name))(**values)
