@@ -46,7 +46,7 @@ lint: .venv/ready
 
 test: lint
 	.venv/bin/python -m pytest --ignore tests/parity --ignore tests/kernels_h100 --ignore-glob '*_mosaic.py' \
-		--numprocesses 2 --dist worksteal
+		--numprocesses 2 --dist loadfile
 
 kernels: .venv/ready
 	.venv/bin/python -m pytest tests/kernels_h100 tests/pallas_kernels/test_*_mosaic.py --numprocesses 2 --dist loadfile
