@@ -2,13 +2,43 @@
 
 from __future__ import annotations
 
+import jax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.choice import choose
-from pallas_kernels.expert_mlp import reference, xla
+from pallas_kernels import matvec
+from pallas_kernels.choice import choose, hopper
+from pallas_kernels.expert_mlp import mosaic_gpu, reference, xla
 
-IMPLEMENTATIONS = {"xla": xla.expert_mlp, "reference": reference.expert_mlp}
-TOKEN_IMPLEMENTATIONS = {"xla": xla.token_mlp, "reference": reference.token_mlp}
+IMPLEMENTATIONS = {"xla": xla.expert_mlp, "mosaic_gpu": mosaic_gpu.expert_mlp, "reference": reference.expert_mlp}
+TOKEN_IMPLEMENTATIONS = {"xla": xla.token_mlp, "mosaic_gpu": mosaic_gpu.token_mlp, "reference": reference.token_mlp}
+
+
+@jax.custom_vjp
+def _best(*arguments):
+    return jax.lax.platform_dependent(*arguments, cuda=mosaic_gpu.expert_mlp, default=xla.expert_mlp)
+
+
+# Both platforms in one rule: a conditional is differentiated with what each of its branches saves.
+_best.defvjp(
+    lambda *arguments: (_best(*arguments), arguments),
+    lambda saved, dy: jax.lax.platform_dependent(saved, dy, cuda=mosaic_gpu.backward, default=xla.backward),
+)
+
+
+_best_for_tokens = matvec.with_gradient_of(
+    xla.gathered,
+    lambda *arguments: jax.lax.platform_dependent(*arguments, cuda=mosaic_gpu.token_mlp, default=xla.token_mlp),
+)
+
+
+def _choose(operation, implementations, best, name, *arrays):
+    """The implementation called `name`; for None the best of each platform."""
+    reason = mosaic_gpu.supports(*arrays)
+    if name is None and reason is None and hopper():
+        return best
+    if name == "mosaic_gpu" and reason is not None:
+        raise ValueError(f"{operation}: implementation 'mosaic_gpu' cannot run: {reason}; use 'xla'")
+    return choose(operation, implementations, name)
 
 
 def expert_mlp(
@@ -27,13 +57,14 @@ def expert_mlp(
       up: input vectors of the hidden units. down: output vectors of the same units.
       weights: router weight of each row, float32.
       group_sizes: rows of each expert; any may be 0.
-      implementation: `"xla"`, `"reference"`, or None for the default.
+      implementation: `"mosaic_gpu"` (Hopper), `"xla"`, `"reference"`, or None for the default
+        (`pallas_kernels.choice`).
 
     Returns:
       float32 rows; zero beyond the last group.
 
     Raises:
-      ValueError: shapes that do not belong together.
+      ValueError: shapes that do not belong together; a named implementation that cannot run on such arrays.
     """
     fits = up.shape == down.shape and up.shape[0] == group_sizes.shape[0] and up.shape[2] == x.shape[1]
     if not fits or weights.shape != x.shape[:1]:
@@ -41,7 +72,8 @@ def expert_mlp(
             f"expert_mlp: x {x.shape}, up {up.shape}, down {down.shape}, weights {weights.shape} and "
             f"group_sizes {group_sizes.shape} do not fit together"
         )
-    return choose("expert_mlp", IMPLEMENTATIONS, implementation)(x, up, down, weights, group_sizes)
+    run = _choose("expert_mlp", IMPLEMENTATIONS, _best, implementation, x, up, down)
+    return run(x, up, down, weights, group_sizes)
 
 
 def token_mlp(
@@ -58,13 +90,14 @@ def token_mlp(
     Args:
       x: one row a token. up, down: see `expert_mlp`.
       ids: experts of each row. weights: router weight of each, float32.
-      implementation: `"xla"`, `"reference"`, or None for the default.
+      implementation: `"mosaic_gpu"` (Hopper), `"xla"`, `"reference"`, or None for the default
+        (`pallas_kernels.choice`).
 
     Returns:
       float32 rows.
 
     Raises:
-      ValueError: shapes that do not belong together.
+      ValueError: shapes that do not belong together; a named implementation that cannot run on such arrays.
     """
     if (
         up.shape != down.shape
@@ -76,4 +109,5 @@ def token_mlp(
             f"token_mlp: x {x.shape}, up {up.shape}, down {down.shape}, ids {ids.shape} and weights {weights.shape} do "
             f"not fit together"
         )
-    return choose("token_mlp", TOKEN_IMPLEMENTATIONS, implementation)(x, up, down, ids, weights)
+    run = _choose("token_mlp", TOKEN_IMPLEMENTATIONS, _best_for_tokens, implementation, x, up, down)
+    return run(x, up, down, ids, weights)

@@ -24,9 +24,9 @@ BLOCKS = ((384, 48), (192, 48), (64, 16), (16, 8))
 def token_mlp(x, up, down, ids, weights):
     """See `api.token_mlp`."""
     if not matvec.fits(*up.shape[1:]):
-        return _gathered(x, up, down, ids, weights)
-    row_by_row = matvec.with_gradient_of(_gathered, _row_by_row)
-    return jax.lax.platform_dependent(x, up, down, ids, weights, cpu=row_by_row, default=_gathered)
+        return gathered(x, up, down, ids, weights)
+    row_by_row = matvec.with_gradient_of(gathered, _row_by_row)
+    return jax.lax.platform_dependent(x, up, down, ids, weights, cpu=row_by_row, default=gathered)
 
 
 def _row_by_row(x, up, down, ids, weights):
@@ -39,7 +39,8 @@ def _row_by_row(x, up, down, ids, weights):
     return jax.lax.map(row, (x, ids, weights))
 
 
-def _gathered(x, up, down, ids, weights):
+def gathered(x, up, down, ids, weights):
+    """`token_mlp` with copies of the chosen experts' weights."""
     up, down = (w.at[ids].get(mode="promise_in_bounds") for w in (up, down))
     hidden = jnp.einsum("rkfl,rl->rkf", up, x, preferred_element_type=jnp.float32)
     # With the router weight on this side, one product sums over experts and hidden units at once.
@@ -129,7 +130,8 @@ def _forward(x, up, down, weights, group_sizes):
     return expert_mlp(x, up, down, weights, group_sizes), (x, up, down, weights, group_sizes)
 
 
-def _backward(saved, dy):
+def backward(saved, dy):
+    """Gradients of `expert_mlp`; `saved` are its arguments."""
     x, up, down, weights, group_sizes = saved
     rows = x.shape[0]
     room = _room(rows, up.shape[0])
@@ -166,4 +168,4 @@ def _backward(saved, dy):
     return dx.astype(x.dtype), dup.astype(up.dtype), ddown.astype(down.dtype), dweights.astype(weights.dtype), None
 
 
-expert_mlp.defvjp(_forward, _backward)
+expert_mlp.defvjp(_forward, backward)

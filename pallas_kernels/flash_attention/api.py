@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.choice import choose
-from pallas_kernels.flash_attention import reference, xla
+from pallas_kernels.choice import choose, hopper
+from pallas_kernels.flash_attention import mosaic_gpu, reference, xla
 
-IMPLEMENTATIONS = {"xla": xla.flash_attention, "reference": reference.flash_attention}
+IMPLEMENTATIONS = {
+    "xla": xla.flash_attention,
+    "mosaic_gpu": mosaic_gpu.flash_attention,
+    "reference": reference.flash_attention,
+}
 
 
 def flash_attention(
@@ -32,13 +37,14 @@ def flash_attention(
       start: position of the first query of each row; default 0. Negative or beyond S where the keys are a stretch of a
         longer sequence.
       documents: see `pallas_kernels.documents`. key_documents: the same of the keys; give both or neither.
-      implementation: `"xla"`, `"reference"`, or None for the default.
+      implementation: `"xla"`, `"mosaic_gpu"` (Hopper; bfloat16, P = 128), `"reference"`, or None for the default
+        (`pallas_kernels.choice`).
 
     Returns:
       The output in q's dtype (zero where nothing is visible) and the log-sum-exp of the scores, float32 (-inf there).
 
     Raises:
-      ValueError: shapes that do not belong together.
+      ValueError: shapes that do not belong together; a named implementation that cannot run with these arrays.
     """
     (batch, _, heads, width), groups = q.shape, k.shape[2]
     if k.shape != v.shape or k.shape[0] != batch or k.shape[3] != width or heads % groups:
@@ -47,5 +53,27 @@ def flash_attention(
         raise ValueError("flash_attention: give both documents and key_documents, or neither")
     if start is None:
         start = jnp.zeros((batch,), jnp.int32)
-    run = choose("flash_attention", IMPLEMENTATIONS, implementation)
+    refusal = mosaic_gpu.supports(q, k)
+    run = choose("flash_attention", IMPLEMENTATIONS, implementation, {"mosaic_gpu": refusal})
+    if implementation is None and refusal is None and hopper():
+        run = _by_platform
     return run(q, k, v, start, documents, key_documents)
+
+
+@jax.custom_vjp
+def _by_platform(*arguments):
+    return jax.lax.platform_dependent(*arguments, cuda=mosaic_gpu.flash_attention, default=xla.flash_attention)
+
+
+def _forward(*arguments):
+    out, lse = _by_platform(*arguments)
+    return (out, lse), (*arguments, out, lse)
+
+
+def _backward(saved, cotangents):
+    # One rule for both: a conditional that is differentiated saves what each of its branches needs.
+    gradients = jax.lax.platform_dependent(saved, cotangents, cuda=mosaic_gpu.backward, default=xla.backward)
+    return *gradients, None, None, None
+
+
+_by_platform.defvjp(_forward, _backward)

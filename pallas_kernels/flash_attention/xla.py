@@ -26,6 +26,17 @@ def flash_attention(q, k, v, start, documents, key_documents):
     return rearrange(out, "b g h t p -> b t (g h) p").astype(q.dtype), rearrange(lse, "b g h t -> b t (g h)")
 
 
+def backward(saved, cotangents):
+    """Gradients of q, k and v from the arguments and results of `flash_attention`, and the cotangents of these."""
+    q, k, v, start, documents, key_documents, out, lse = saved
+    scale = q.shape[-1] ** -0.5
+    by_group = lambda a: rearrange(a, "b t (g h) ... -> b g h t ...", g=k.shape[2])
+    wide = lambda a: by_group(a).astype(jnp.float32)
+    arguments = (by_group(q * scale), k, v, start, documents, key_documents)
+    dq, dk, dv, *_ = _backward((*arguments, wide(out), wide(lse)), tuple(map(wide, cotangents)))
+    return rearrange(dq, "b g h t p -> b t (g h) p") * scale, dk, dv
+
+
 @dataclasses.dataclass(frozen=True)
 class _Blocks:
     """Blocks of one sequence. The last one starts early enough to be whole, so it may repeat some rows."""

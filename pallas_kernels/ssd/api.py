@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.choice import choose
-from pallas_kernels.ssd import reference, xla
+from pallas_kernels.choice import choose, hopper
+from pallas_kernels.ssd import mosaic_gpu, reference, xla
 
-IMPLEMENTATIONS = {"xla": xla.ssd, "reference": reference.ssd}
+IMPLEMENTATIONS = {"xla": xla.ssd, "mosaic_gpu": mosaic_gpu.ssd, "reference": reference.ssd}
 
 
 def ssd(
@@ -47,13 +49,15 @@ def ssd(
       documents: see `pallas_kernels.documents`.
       initial_document: document that `initial_state` belongs to; default 0 (none) with `documents`.
       chunk_size: most tokens a chunk; changes the blocking, not the result.
-      implementation: `"xla"`, `"reference"`, or None for the default.
+      implementation: `"xla"`, `"mosaic_gpu"` (Hopper), `"reference"`, or None for the default
+        (`pallas_kernels.choice`).
 
     Returns:
       y in x's dtype (unspecified at pads) and the state after the last token, float32.
 
     Raises:
-      ValueError: shapes that do not belong together, or a chunk size below 1.
+      ValueError: shapes that do not belong together, a chunk size below 1, or inputs that the named implementation
+        does not support.
     """
     batch, _, groups, heads, width = x.shape
     state = (batch, groups, heads, width, B.shape[-1])
@@ -67,18 +71,19 @@ def ssd(
         raise ValueError(f"ssd: initial_state {initial_state.shape}, expected {state}")
     if documents is not None and initial_document is None:
         initial_document = jnp.zeros((batch,), documents.dtype)
+    reason = mosaic_gpu.supports(x, B, C)
+    if implementation == "mosaic_gpu" and reason:
+        raise ValueError(f"ssd: mosaic_gpu cannot run: {reason}")
     run = choose("ssd", IMPLEMENTATIONS, implementation)
-    return run(
-        x,
-        dt,
-        A,
-        B,
-        C,
-        D,
-        dt_bias,
-        dt_limit,
-        initial_state.astype(jnp.float32),
-        documents,
-        initial_document,
-        chunk_size,
-    )
+    if implementation is None and reason is None and hopper():
+        run = functools.partial(_kernels_on_cuda, run)
+    inputs = (x, dt, A, B, C, D, dt_bias)
+    return run(*inputs, dt_limit, initial_state.astype(jnp.float32), documents, initial_document, chunk_size)
+
+
+def _kernels_on_cuda(default, *arguments):
+    """The kernels where the program is compiled for CUDA; the platform is not known before."""
+    *inputs, dt_limit, initial_state, documents, initial_document, chunk_size = arguments
+    on = lambda run: lambda inputs, *rest: run(*inputs, dt_limit, *rest, chunk_size)
+    rest = (initial_state, documents, initial_document)
+    return jax.lax.platform_dependent(inputs, *rest, cuda=on(mosaic_gpu.ssd), default=on(default))

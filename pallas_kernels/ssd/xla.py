@@ -28,7 +28,7 @@ SPAN_CHUNKS = 64
 # Larger chunks trade state traffic for products and exponentials inside the chunk; on CPU 64 is 1.15x faster than 128.
 MAX_CHUNK = 64
 # A step that decays by more than exp(-88) is zero in float32 whatever its exact size.
-_SMALLEST_LOG_DECAY = -88.0
+SMALLEST_LOG_DECAY = -88.0
 
 
 def ssd(x, dt, A, B, C, D, dt_bias, dt_limit, initial_state, documents, initial_document, chunk_size):
@@ -128,7 +128,7 @@ def _group(x, dt, A, B, C, state, links):
     dt = rearrange(dt, "b (c l) h -> b c h l", l=chunk)
     state = rearrange(state, "b h p n -> b n h p")
     per_token = lambda a: rearrange(a, "b c h l -> b c l h 1")
-    log_decay = jnp.maximum(dt * A[:, None], _SMALLEST_LOG_DECAY)
+    log_decay = jnp.maximum(dt * A[:, None], SMALLEST_LOG_DECAY)
     # Without the barrier XLA computes the running sums again for every pair of tokens.
     coarse, fine = jax.lax.optimization_barrier(_running_sum(log_decay))
     pair = (coarse[..., :, None] - coarse[..., None, :]) + (fine[..., :, None] - fine[..., None, :])

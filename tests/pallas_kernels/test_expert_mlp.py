@@ -136,6 +136,22 @@ def test_token_mlp_equals_expert_mlp():
     np.testing.assert_allclose(actual, expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("operation", [expert_mlp, token_mlp])
+def test_the_default_on_cpu_is_xla(operation):
+    """Also for arrays that Mosaic GPU supports, where the default is a choice by platform."""
+    rows, experts, size = 6, 3, 64
+    x, up, down = (as_bfloat16(random(i, *shape, size)) for i, shape in enumerate([(rows,), *[(experts, size)] * 2]))
+    weights, ids = random(3, rows), np.arange(rows, dtype=np.int32)[:, None] % experts
+    values = dict(x=x, up=up, down=down, weights=jnp.asarray(weights if operation is expert_mlp else weights[:, None]))
+    other = {"group_sizes": jnp.array([3, 0, 2])} if operation is expert_mlp else {"ids": jnp.asarray(ids)}
+
+    def value_and_grads(implementation):
+        loss = lambda values: operation(**values, **other, implementation=implementation).sum()
+        return jax.jit(jax.value_and_grad(loss))(values)
+
+    jax.tree.map(np.testing.assert_array_equal, value_and_grads(None), value_and_grads("xla"))
+
+
 @pytest.mark.usefixtures("annotations_off")
 @pytest.mark.parametrize(
     "changes, message",
@@ -144,9 +160,10 @@ def test_token_mlp_equals_expert_mlp():
         (dict(down=random(1, EXPERTS, 9, FEATURES)), r"down \(5, 9, 6\).* do not fit together"),
         (dict(weights=random(1, 9)), r"weights \(9,\).* do not fit together"),
         (dict(group_sizes=np.zeros(4, np.int32)), r"group_sizes \(4,\) do not fit together"),
-        (dict(implementation="cuda"), "'cuda' does not exist; known: xla, reference"),
+        (dict(implementation="cuda"), "'cuda' does not exist; known: xla, mosaic_gpu, reference"),
+        (dict(implementation="mosaic_gpu"), "'mosaic_gpu' cannot run: x is float32.*must be bfloat16; use 'xla'"),
     ],
-    ids=["features", "width", "rows", "experts", "unknown-implementation"],
+    ids=["features", "width", "rows", "experts", "unknown-implementation", "unsupported-implementation"],
 )
 def test_what_does_not_fit_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
@@ -159,7 +176,7 @@ def test_what_does_not_fit_is_refused(changes, message):
     [
         (dict(ids=np.zeros((2, 3), np.int32)), r"ids \(2, 3\) and weights \(2, 2\) do not fit together"),
         (dict(x=random(1, 3, FEATURES)), r"x \(3, 6\).* do not fit together"),
-        (dict(implementation="cuda"), "'cuda' does not exist; known: xla, reference"),
+        (dict(implementation="cuda"), "'cuda' does not exist; known: xla, mosaic_gpu, reference"),
     ],
     ids=["choices", "rows", "unknown-implementation"],
 )

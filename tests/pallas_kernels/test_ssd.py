@@ -173,7 +173,7 @@ def test_bfloat16(length):
         (dict(B=random(1, 2, 6, 2, 5)), r"B \(2, 6, 2, 5\) and C \(2, 6, 2, 4\) do not fit together"),
         (dict(initial_state=random(1, 2, 2, 2, 3, 5)), r"initial_state \(2, 2, 2, 3, 5\), expected \(2, 2, 2, 3, 4\)"),
         (dict(chunk_size=0), "chunk_size must be at least 1, got 0"),
-        (dict(implementation="cuda"), "'cuda' does not exist; known: xla, reference"),
+        (dict(implementation="cuda"), "'cuda' does not exist; known: xla, mosaic_gpu, reference"),
     ],
     ids=["dt", "B-and-C", "state", "chunk-size", "unknown-implementation"],
 )

@@ -1,0 +1,498 @@
+"""Grouped expert MLP for Hopper (Mosaic GPU): bfloat16 in, float32 sums, wgmma fed by TMA. Not timed yet.
+
+Three products, each one persistent kernel:
+
+    to_tiles    tiles[t] = f(rows of tile t @ weights[e]^T)       up projection and squared ReLU; dy -> d(hidden)
+    to_rows     rows of tile t = scale * (tiles[t] @ weights[e])  down projection and router weight; d(relu) -> dx
+    per_expert  out[e] = (tiles of e)^T @ (rows of e)             gradients of both weights
+
+**Tiles.** Group sizes are known on the device only, so the work list is an array that plain JAX computes (`plan`): each
+group is cut into tiles of `rows` rows that start at a multiple of 8, as TMA wants it. Up to 7 rows of the group before,
+and rows of the group after, are computed in vain and not stored. An empty group has no tile. The hidden units keep the
+layout of the tiles, so only `to_rows` stores part of a tile. Rows beyond the last group are one more group, of tiles
+that store zeros without computing.
+
+**Kernel.** One thread block a multiprocessor. A producer warpgroup walks over the block's items (tile, column block)
+and over the summed dimension and fills a ring of stages by TMA; it runs ahead across items, so the ring never drains.
+One or two consumer warpgroups multiply, each its rows of the tile (wgmma reads both operands from shared memory, one
+product stays in flight), and send results out by TMA from small double buffers. A consumer multiplies only as many
+times 64 rows as hold rows of the group, so a group costs matrix time in steps of 64 rows. Items are ordered expert,
+column block, tile: tiles that need the same weights run at the same time and find them in L2.
+
+**Roofline** (H100: 989 TFLOP/s, 3.35 TB/s), Nano, 8192 tokens: 49,152 rows of 2688, F = 1856, 128 experts. 0.98 TFLOP
+are 0.99 ms; 2.55 GB of weights are 0.76 ms of memory, rows in and out 0.24 ms, hidden units 0.11 ms. Steps of 64 rows
+add 9 % to groups of 384, column blocks of 192 add 3 % to F. L2 is the narrow place: a stage of 256 x 192 sums reads
+56 KB for 6.3 MFLOP, 6.2 TB/s at 70 % of the matrix rate (128 x 192 would need 8.8). At 64 tokens, 3 rows an expert,
+only the weights count, 0.73 ms: tiles have 16 rows, and what matters is that 144 KB a multiprocessor are in flight.
+
+**Backward.** Recomputes the hidden units h, multiplies dh = dy @ down^T, and from both, in plain JAX,
+d(relu) = 2 sqrt(h) dh w and dw = sum(dh h); then the other three products. dy, dh and d(relu) are rounded to bfloat16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import matvec
+from pallas_kernels.expert_mlp import tuning, xla
+from pallas_kernels.expert_mlp.tuning import DEPTH, MATRIX_ROWS
+
+_ALIGN = 8  # TMA of a swizzled tile starts at a multiple of this many rows
+_SLOTS = 2  # results on their way out
+# Registers of a thread of the producer, and of one or two consumers: together no more than the block has been given.
+_PRODUCER_REGISTERS, _CONSUMER_REGISTERS = 40, {1: 240, 2: 232}
+
+
+def supports(x: jax.Array, up: jax.Array, down: jax.Array) -> str | None:
+    """Why these kernels cannot run on such arrays, or None if they can."""
+    if not x.dtype == up.dtype == down.dtype == jnp.bfloat16:
+        return f"x is {x.dtype}, up {up.dtype} and down {down.dtype}, but all must be bfloat16"
+    if up.shape[1] % DEPTH or up.shape[2] % DEPTH:
+        return f"the widths {up.shape[1]} and {up.shape[2]} are not both multiples of {DEPTH}"
+    if x.shape[0] == 0:
+        return "there are no rows"
+    if jax.__version_info__ < (0, 11):
+        return f"jax {jax.__version__} is older than 0.11"
+    return None
+
+
+class Plan(NamedTuple):
+    """The work list, in plain arrays.
+
+    tiles: int32 [tiles, 4]: expert, its first tile, its first row, its end; for rows beyond the last group the expert
+      is the number of experts.
+    groups: int32 [E, 3]: the last three by expert; None where only `to_tiles` and `to_rows` follow.
+    count: int32 [2]: tiles of experts, tiles in all.
+    rows: rows of a tile.
+    """
+
+    tiles: jax.Array
+    groups: jax.Array | None
+    count: jax.Array
+    rows: int
+
+
+def plan(group_sizes: jax.Array, rows: int, tile_rows: int) -> Plan:
+    """Cuts the groups into tiles; the arrays have room for the worst division of `rows` rows."""
+    experts = group_sizes.shape[0]
+    sizes = jnp.append(group_sizes, rows - group_sizes.sum()).astype(jnp.int32)
+    ends = jnp.cumsum(sizes, dtype=jnp.int32)
+    starts = ends - sizes
+    tiles = jnp.where(sizes > 0, -(-(ends - starts // _ALIGN * _ALIGN) // tile_rows), 0)
+    tile_ends = jnp.cumsum(tiles, dtype=jnp.int32)
+    groups = jnp.stack([tile_ends - tiles, starts, ends], axis=1)
+    room = (rows + min(experts + 1, rows) * (tile_rows + _ALIGN - 2)) // tile_rows
+    group = (jnp.arange(room)[:, None] >= tile_ends).sum(axis=1, dtype=jnp.int32)
+    group = jnp.minimum(group, experts)
+    return Plan(jnp.column_stack([group, groups[group]]), groups[:experts], tile_ends[-2:], tile_rows)
+
+
+class _Item(NamedTuple):
+    """One result block: what a thread block computes between two stores.
+
+    expert; column: number of the column block; row: first row, a multiple of 8; place: the same in the tile layout;
+    begin, end: the tile's own rows, counted from `row`; steps: stages to sum over.
+    """
+
+    expert: jax.Array
+    column: jax.Array
+    row: jax.Array
+    place: jax.Array
+    begin: jax.Array
+    end: jax.Array
+    steps: jax.Array
+
+
+def _tile_item(tiles, index, *, experts, columns, depth, tile_rows):
+    """Item `index` in the order expert, column block, tile: any tile of the expert says where its items begin."""
+    expert, first, start, end = (tiles[lax.div(index, columns), i] for i in range(4))
+    top = lax.div(start, _ALIGN) * _ALIGN
+    count = lax.div(end - top + tile_rows - 1, tile_rows)
+    local = index - first * columns
+    tile = lax.rem(local, count)
+    row = pl.multiple_of(top + tile * tile_rows, _ALIGN)
+    return _Item(
+        expert=jnp.minimum(expert, experts - 1),
+        column=lax.div(local, count),
+        row=row,
+        place=pl.multiple_of((first + tile) * tile_rows, _ALIGN),
+        begin=jnp.maximum(start - row, 0),
+        end=jnp.minimum(end - row, tile_rows),
+        steps=jnp.where(expert < experts, -(-depth // DEPTH), 0),
+    )
+
+
+class _Ring(NamedTuple):
+    """The buffers between producer and consumers."""
+
+    a: Any
+    b: Any
+    full: Any
+    empty: Any
+
+
+def _persistent(ring: _Ring, count, item_at: Callable, load: Callable, product: Callable, finish: Callable, blocks):
+    """Runs all items of this thread block.
+
+    `load(item, k, slot, barrier)` starts both copies of step k; `product(acc, slot, rows)` multiplies these rows of the
+    tile; `finish(item, thread, top, acc)` stores the sums of 64 rows from `top` on.
+    """
+    block, thread = lax.axis_index("block"), lax.axis_index("thread")
+    mine = lax.div(count - block + tuning.SMS - 1, tuning.SMS)
+    at = lambda i: item_at(block + i * tuning.SMS)
+    consumers, stages = blocks.consumers, blocks.stages
+
+    @pl.when(thread == consumers)
+    def _():
+        plgpu.set_max_registers(_PRODUCER_REGISTERS, action="decrease")
+        _produce(ring, mine, at, load, stages)
+
+    @pl.when(thread < consumers)
+    def _():
+        plgpu.set_max_registers(_CONSUMER_REGISTERS[consumers], action="increase")
+        _consume(ring, mine, at, product, finish, thread, blocks)
+
+
+def _produce(ring, mine, item_at, load, stages):
+    def item_loads(i, step):
+        item = item_at(i)
+
+        def fetch(k, step):
+            slot = lax.rem(step, stages)
+
+            @pl.when(step >= stages)
+            def _():
+                plgpu.barrier_wait(ring.empty.at[slot])
+
+            load(item, k, slot, ring.full.at[slot])
+            return step + 1
+
+        return lax.fori_loop(0, item.steps, fetch, step)
+
+    steps = lax.fori_loop(0, mine, item_loads, 0)
+
+    @pl.loop(jnp.maximum(steps - stages, 0), steps)
+    def _(step):
+        plgpu.barrier_wait(ring.empty.at[lax.rem(step, stages)])
+
+
+def _consume(ring, mine, item_at, product, finish, thread, blocks):
+    def one(i, step):
+        item = item_at(i)
+        slot_of = lambda k: lax.rem(step + k, blocks.stages)
+        release = lambda k: plgpu.barrier_arrive(ring.empty.at[slot_of(k)])
+        top = thread * blocks.consumer_rows
+
+        def pass_on():
+            @pl.loop(0, item.steps)
+            def _(k):
+                plgpu.barrier_wait(ring.full.at[slot_of(k)])
+                release(k)
+
+        def compute(rows):
+            def multiply(acc):
+                @pl.loop(0, item.steps)
+                def _(k):
+                    plgpu.barrier_wait(ring.full.at[slot_of(k)])
+                    product(acc, slot_of(k), pl.ds(pl.multiple_of(top, MATRIX_ROWS), rows))
+                    plgpu.wgmma_wait(1)
+                    pl.when(k > 0)(lambda: release(k - 1))
+
+                return acc[...]
+
+            result = pl.run_scoped(multiply, plgpu.ACC((rows, blocks.columns), jnp.float32))
+            pl.when(item.steps > 0)(lambda: release(item.steps - 1))
+            for part in range(0, rows, MATRIX_ROWS):
+                finish(item, thread, top + part, result[part : part + MATRIX_ROWS])
+
+        options = [pass_on] + [lambda rows=rows: compute(rows) for rows in blocks.row_choices]
+        needed = lax.div(item.end - top + MATRIX_ROWS - 1, MATRIX_ROWS)
+        lax.switch(jnp.clip(needed, 0, len(options) - 1), options)
+        return step + item.steps
+
+    lax.fori_loop(0, mine, one, 0)
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _swizzled(dtype, *shape):
+    """Shared memory whose rows are cut into 128 bytes, as wgmma and TMA want them."""
+    lanes = 128 // jnp.dtype(dtype).itemsize
+    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, lanes)), plgpu.SwizzleTransform(128)))
+
+
+def _launch(body, operands, out, blocks, a_shape, b_shape, extra=()):
+    """Runs `body(*operands, out, ring, slots, *extra)` on every multiprocessor."""
+
+    def unpacked(*refs):
+        inputs, (a, b, full, empty, *rest) = refs[: len(operands) + 1], refs[len(operands) + 1 :]
+        body(*inputs, _Ring(a, b, full, empty), *rest)
+
+    consumers, stages = blocks.consumers, blocks.stages
+    return plgpu.kernel(
+        unpacked,
+        out_type=out,
+        grid=(tuning.SMS,),
+        grid_names=("block",),
+        num_threads=consumers + 1,
+        thread_name="thread",
+        kernel_name=body.__name__,
+        scratch_types=[
+            _swizzled(operands[-1].dtype, stages, *a_shape),
+            _swizzled(operands[-1].dtype, stages, *b_shape),
+            plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=consumers, num_barriers=stages),
+            _swizzled(out.dtype, consumers, _SLOTS, MATRIX_ROWS, 128 // out.dtype.itemsize),
+            *extra,
+        ],
+    )(*operands)
+
+
+def _send(acc, slots, target):
+    """Stores a sum in slabs of 128 bytes a row: `target(slab, lanes)` is the memory a slab belongs to.
+
+    TMA drops what lies beyond the last column.
+    """
+    lanes = slots.shape[-1]
+    for slab in range(acc.shape[1] // lanes):
+        slot = slots.at[slab % _SLOTS]
+        # The slots of the item before are long sent; within an item the other slot may be on its way.
+        plgpu.wait_smem_to_gmem(min(slab, 1), wait_read_only=True)
+        slot[...] = acc[:, slab * lanes : (slab + 1) * lanes].astype(slots.dtype)
+        plgpu.commit_smem()
+        memory = target(slab, lanes)
+        plgpu.copy_smem_to_gmem(slot.at[pl.ds(0, memory.shape[0])], memory)
+
+
+def _send_rows(acc, factors, slots, buffer, target, first, count):
+    """Stores `count` rows from `first` on, each times its factor: `_send` for part of 64 rows.
+
+    All 64 at once, or one copy for every power of two in `count`, from a buffer that is not swizzled, because a
+    swizzled one can only be cut at multiples of 8 rows. `target(slab, lanes, row, size)` is the memory of `size` rows
+    from `row` on.
+    """
+    lanes = buffer.shape[-1]
+    for slab in range(acc.shape[1] // lanes):
+        # Multiplied in each branch: before, all products would take registers from the sums.
+        def fill(place, slab=slab):
+            part = acc[:, slab * lanes : (slab + 1) * lanes]
+            place[...] = (part * lax.broadcast_in_dim(factors, part.shape, (0,))).astype(place.dtype)
+            plgpu.commit_smem()
+
+        def whole(slab=slab, fill=fill):
+            slot = slots.at[slab % _SLOTS]
+            plgpu.wait_smem_to_gmem(min(slab, 1), wait_read_only=True)
+            fill(slot)
+            plgpu.copy_smem_to_gmem(slot, target(slab, lanes, 0, MATRIX_ROWS))
+
+        def some(slab=slab, fill=fill):
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            fill(buffer)
+            row, size = first, MATRIX_ROWS // 2
+            while size:
+
+                @pl.when((count & size) != 0)
+                def _(row=row, size=size):
+                    memory = target(slab, lanes, row, size)
+                    plgpu.copy_smem_to_gmem(buffer.at[pl.ds(row, size)], memory, commit_group=False)
+
+                row, size = row + (count & size), size // 2
+            plgpu.commit_smem_to_gmem_group()
+
+        lax.cond(count == MATRIX_ROWS, whole, some)
+
+
+def _cut(index, size):
+    return pl.ds(pl.multiple_of(index * size, size), size)
+
+
+def to_tiles(rows, weights, plan: Plan, activation: Callable) -> jax.Array:
+    """`activation(rows @ weights[e]^T)` as tiles: rows [R, K], weights [E, N, K] -> [tiles * tile rows, N]."""
+    experts, width, depth = weights.shape
+    blocks = tuning.blocks(plan.rows, width, _SLOTS)
+    columns = pl.cdiv(width, blocks.columns)
+    size = min(blocks.rows, MATRIX_ROWS)
+
+    def expert_mlp_to_tiles(tiles, count, weights, rows, out, ring, slots):
+        def load(item, k, slot, full):
+            part = _cut(k, DEPTH)
+            tile = ring.a.at[slot, pl.ds(0, blocks.rows)]
+            plgpu.copy_gmem_to_smem(rows.at[pl.ds(item.row, blocks.rows), part], tile, full)
+            column = _cut(item.column, blocks.columns)
+            plgpu.copy_gmem_to_smem(weights.at[item.expert, column, part], ring.b.at[slot], full)
+
+        def product(acc, slot, part):
+            plgpu.wgmma(acc, ring.a.at[slot, part], ring.b.at[slot].transpose((1, 0)))
+
+        def finish(item, thread, top, acc):
+            place = pl.ds(pl.multiple_of(item.place + top, _ALIGN), size)
+            column = item.column * blocks.columns
+            _send(activation(acc), slots.at[thread], lambda slab, n: out.at[place, pl.ds(column + slab * n, n)])
+
+        item_at = lambda i: _tile_item(tiles, i, experts=experts, columns=columns, depth=depth, tile_rows=blocks.rows)
+        _persistent(ring, count[0] * columns, item_at, load, product, finish, blocks)
+
+    out = jax.ShapeDtypeStruct((plan.tiles.shape[0] * blocks.rows, width), rows.dtype)
+    a_shape, b_shape = (max(blocks.rows, MATRIX_ROWS), DEPTH), (blocks.columns, DEPTH)
+    return _launch(expert_mlp_to_tiles, (plan.tiles, plan.count, weights, rows), out, blocks, a_shape, b_shape)
+
+
+def to_rows(tiles, weights, plan: Plan, scale, dtype) -> jax.Array:
+    """`scale * (tiles @ weights[e])` as rows: tiles [tiles * tile rows, K], weights [E, K, N], scale [R] -> [R, N].
+
+    Zero beyond the last group.
+    """
+    experts, depth, width = weights.shape
+    dtype = jnp.dtype(dtype)
+    blocks = tuning.blocks(plan.rows, width, _SLOTS + 1)
+    columns = pl.cdiv(width, blocks.columns)
+    scale = jnp.pad(scale, (0, blocks.rows + MATRIX_ROWS))  # a tile is read whole
+
+    def expert_mlp_to_rows(table, count, scale, weights, tiles, out, ring, slots, buffers):
+        def load(item, k, slot, full):
+            part = _cut(k, DEPTH)
+            tile = ring.a.at[slot, pl.ds(0, blocks.rows)]
+            plgpu.copy_gmem_to_smem(tiles.at[pl.ds(item.place, blocks.rows), part], tile, full)
+            column = _cut(item.column, blocks.columns)
+            plgpu.copy_gmem_to_smem(weights.at[item.expert, part, column], ring.b.at[slot], full)
+
+        def product(acc, slot, part):
+            plgpu.wgmma(acc, ring.a.at[slot, part], ring.b.at[slot])
+
+        def finish(item, thread, top, acc):
+            row, column = pl.multiple_of(item.row + top, _ALIGN), item.column * blocks.columns
+            layout = plgpu.Layout.WGMMA.reduce(1)
+            factors = plgpu.load(scale.at[pl.ds(row, MATRIX_ROWS)], layout=layout, optimized=False)
+            first = jnp.maximum(item.begin - top, 0)
+            own = jnp.minimum(item.end - top, MATRIX_ROWS) - first
+            target = lambda slab, n, r, size: out.at[pl.ds(row + r, size), pl.ds(column + slab * n, n)]
+            _send_rows(acc, factors, slots.at[thread], buffers.at[thread], target, first, own)
+
+        item_at = lambda i: _tile_item(table, i, experts=experts, columns=columns, depth=depth, tile_rows=blocks.rows)
+        _persistent(ring, count[1] * columns, item_at, load, product, finish, blocks)
+
+    out = jax.ShapeDtypeStruct((scale.shape[0] - blocks.rows - MATRIX_ROWS, width), dtype)
+    a_shape, b_shape = (max(blocks.rows, MATRIX_ROWS), DEPTH), (DEPTH, blocks.columns)
+    buffers = plgpu.SMEM((blocks.consumers, MATRIX_ROWS, 128 // dtype.itemsize), dtype)
+    operands = (plan.tiles, plan.count, scale, weights, tiles)
+    return _launch(expert_mlp_to_rows, operands, out, blocks, a_shape, b_shape, (buffers,))
+
+
+def per_expert(tiles, rows, plan: Plan, experts: int) -> jax.Array:
+    """`out[e] = (tiles of e)^T @ (rows of e)`: tiles [tiles * tile rows, M], rows [R, N] -> [E, M, N].
+
+    Rows of a tile that are not the expert's must be zero. Zero for experts without rows.
+    """
+    (_, height), (_, width) = tiles.shape, rows.shape
+    blocks = tuning.blocks(2 * MATRIX_ROWS, width, _SLOTS)
+    bands, columns = pl.cdiv(height, blocks.rows), pl.cdiv(width, blocks.columns)
+
+    def expert_mlp_per_expert(groups, tiles, rows, out, ring, slots):
+        def item_at(index):
+            expert, local = lax.div(index, bands * columns), lax.rem(index, bands * columns)
+            first, start, end = (groups[expert, i] for i in range(3))
+            row = pl.multiple_of(lax.div(start, _ALIGN) * _ALIGN, _ALIGN)
+            steps = jnp.where(end > start, lax.div(end - row + DEPTH - 1, DEPTH), 0)
+            place = pl.multiple_of(first * plan.rows, _ALIGN)
+            return _Item(expert, lax.rem(local, columns), row, place, lax.div(local, columns), blocks.rows, steps)
+
+        def load(item, k, slot, full):
+            part = lambda start: pl.ds(pl.multiple_of(start + k * DEPTH, _ALIGN), DEPTH)
+            band, column = _cut(item.begin, blocks.rows), _cut(item.column, blocks.columns)
+            plgpu.copy_gmem_to_smem(tiles.at[part(item.place), band], ring.a.at[slot], full)
+            plgpu.copy_gmem_to_smem(rows.at[part(item.row), column], ring.b.at[slot], full)
+
+        def product(acc, slot, part):
+            plgpu.wgmma(acc, ring.a.at[slot, :, part].transpose((1, 0)), ring.b.at[slot])
+
+        def finish(item, thread, top, acc):
+            band = pl.ds(pl.multiple_of(item.begin * blocks.rows + top, MATRIX_ROWS), MATRIX_ROWS)
+            column = item.column * blocks.columns
+            target = lambda slab, n: out.at[item.expert, band, pl.ds(column + slab * n, n)]
+            _send(acc, slots.at[thread], target)
+
+        _persistent(ring, experts * bands * columns, item_at, load, product, finish, blocks)
+
+    out = jax.ShapeDtypeStruct((experts, height, width), rows.dtype)
+    a_shape, b_shape = (DEPTH, blocks.rows), (DEPTH, blocks.columns)
+    return _launch(expert_mlp_per_expert, (plan.groups, tiles, rows), out, blocks, a_shape, b_shape)
+
+
+def _relu_squared(x):
+    return jnp.square(jnp.maximum(x, 0))
+
+
+def _whole_eights(*arrays):
+    """Zero rows added up to a multiple of 8, as TMA needs."""
+    missing = -arrays[0].shape[0] % _ALIGN
+    return [jnp.pad(a, [(0, missing)] + [(0, 0)] * (a.ndim - 1)) if missing else a for a in arrays]
+
+
+def _forward(x, up, down, weights, group_sizes):
+    """See `api.expert_mlp`."""
+    count, experts = x.shape[0], up.shape[0]
+    x, weights = _whole_eights(x, weights)
+    work = plan(group_sizes, x.shape[0], tuning.tile_rows(count, experts))
+    hidden = to_tiles(x, up, work, _relu_squared)
+    return to_rows(hidden, down, work, weights, jnp.float32)[:count]
+
+
+def backward(saved, dy):
+    """Gradients of `expert_mlp`; `saved` are its arguments."""
+    x, up, down, weights, group_sizes = saved
+    count, experts = x.shape[0], up.shape[0]
+    x, dy, weights = _whole_eights(x, dy.astype(x.dtype), weights)
+    work = plan(group_sizes, x.shape[0], max(MATRIX_ROWS, tuning.tile_rows(count, experts)))
+    row, own = _rows_of_tiles(work)
+    row_weight = jnp.where(own, weights.at[row].get(mode="clip"), 0)[:, None]
+    hidden = to_tiles(x, up, work, _relu_squared).astype(jnp.float32)
+    dhidden = to_tiles(dy, down, work, lambda a: a).astype(jnp.float32)  # before the router weight
+    drelu = jnp.where(own[:, None], 2 * jnp.sqrt(hidden) * dhidden * row_weight, 0).astype(x.dtype)
+    weighted = jnp.where(own[:, None], hidden * row_weight, 0).astype(x.dtype)
+    dweights = (
+        jnp.zeros(weights.shape)
+        .at[jnp.where(own, row, weights.shape[0])]
+        .set((hidden * dhidden).sum(axis=1), mode="drop")
+    )
+    dx = to_rows(drelu, up, work, jnp.ones_like(weights), x.dtype)
+    dup, ddown = per_expert(drelu, x, work, experts), per_expert(weighted, dy, work, experts)
+    return dx[:count], dup, ddown, dweights[:count].astype(weights.dtype), None
+
+
+def _rows_of_tiles(work):
+    """For each place of the tile layout, the row that it holds and whether that row belongs to the tile's expert."""
+    _, first, start, end = work.tiles.T[..., None]  # [tiles, 1] each
+    tile = jnp.arange(work.tiles.shape[0])[:, None]
+    row = start // _ALIGN * _ALIGN + (tile - first) * work.rows + jnp.arange(work.rows)
+    own = (row >= start) & (row < end) & (tile < work.count[0])
+    return row.reshape(-1), own.reshape(-1)
+
+
+expert_mlp = jax.custom_vjp(_forward)
+expert_mlp.defvjp(lambda *arguments: (_forward(*arguments), arguments), backward)
+
+
+def _token_forward(x, up, down, ids, weights):
+    """One tile a (row, expert) pair, in the order of the experts: a second tile of an expert finds it in L2.
+
+    Each pair has 8 rows of its own, of which the first counts, so nothing has to be sorted but the work list.
+    """
+    (rows, chosen), pairs = ids.shape, ids.size
+    expert, number = ids.reshape(-1), jnp.arange(pairs)
+    # Sorted by counting the pairs that come before: one small kernel, where a sort would be several.
+    earlier = (expert[:, None] > expert) | ((expert[:, None] == expert) & (number[:, None] > number))
+    pair = jnp.where(earlier.sum(axis=1) == number[:, None], number, 0).sum(axis=1)
+    tiles = jnp.stack([expert[pair], number, pair * _ALIGN, pair * _ALIGN + 1], axis=1)
+    work = Plan(tiles.astype(jnp.int32), None, jnp.full(2, pairs, jnp.int32), _ALIGN)
+    hidden = to_tiles(jnp.repeat(x, chosen * _ALIGN, axis=0), up, work, _relu_squared)
+    y = to_rows(hidden, down, work, jnp.repeat(weights.reshape(-1), _ALIGN), jnp.float32)
+    return y.reshape(rows, chosen, _ALIGN, -1)[:, :, 0].sum(axis=1)
+
+
+token_mlp = matvec.with_gradient_of(xla.gathered, _token_forward)

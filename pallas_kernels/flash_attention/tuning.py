@@ -1,0 +1,69 @@
+"""Block sizes of the Mosaic GPU kernels: a table of shapes that were looked at, and a rule for all others."""
+
+from __future__ import annotations
+
+import dataclasses
+
+# Streaming multiprocessors of an H100 or H200 SXM. A launch should offer each of them several blocks of work, or one.
+PROCESSORS = 132
+# Query heads of one key/value head share tiles of 64 rows while there are at most this many (queries times heads).
+PACKED_ROWS = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Forward:
+    """How the forward kernel cuts its work.
+
+    Attributes:
+      keys: keys in a block. stages: key blocks in flight. warpgroups: of 64 query rows each, in a tile.
+      pack: whether the query heads of a key/value head are rows of one tile. splits: parts of the key sequence.
+    """
+
+    keys: int = 128
+    stages: int = 2
+    warpgroups: int = 2
+    pack: bool = False
+    splits: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Backward:
+    """How the backward kernels cut their work.
+
+    Attributes:
+      keys: keys in a block of the dq kernel. stages: key blocks in flight there.
+      query_stages: query blocks in flight in the dk, dv kernel. chunks: parts of the heads of a key/value head there.
+    """
+
+    keys: int = 128
+    stages: int = 2
+    query_stages: int = 2
+    chunks: int = 1
+
+
+# (queries, keys, heads, groups) -> blocks, where a measurement disagrees with the rule below.
+FORWARD: dict[tuple[int, int, int, int], Forward] = {}
+BACKWARD: dict[tuple[int, int, int, int], Backward] = {}
+
+
+def forward(batch: int, length: int, size: int, heads: int, groups: int) -> Forward:
+    """Blocks for `length` queries against `size` key slots."""
+    if found := FORWARD.get((length, size, heads, groups)):
+        return found
+    rows = length * (heads // groups)
+    if rows > PACKED_ROWS:
+        return Forward()
+    # Decoding: so few tiles that only parts of the cache can occupy the processors.
+    tiles, blocks = batch * groups * -(-rows // 64), -(-size // Forward.keys)
+    return Forward(warpgroups=1, pack=True, splits=max(1, min(blocks, PROCESSORS // tiles)))
+
+
+def backward(batch: int, length: int, size: int, heads: int, groups: int, packed: bool) -> Backward:
+    """Blocks for the gradients of `length` queries against `size` key slots."""
+    if found := BACKWARD.get((length, size, heads, groups)):
+        return found
+    share = heads // groups
+    tiles = batch * groups * -(-size // 128)  # the first ones are seen by all queries, the last ones by few
+    chunks = next((c for c in range(1, share) if share % c == 0 and tiles * c >= 3 * PROCESSORS), share)
+    # The mask of documents takes registers: 128 keys would spill.
+    return Backward(keys=64 if packed else 128, chunks=chunks)

@@ -1,0 +1,62 @@
+"""How the Hopper kernels cut the work: the one place with block sizes."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+CHUNK = 64  # tokens: the fewest products a token (the state costs 2 P N whatever the chunk, the links 2 (N + P) chunk)
+ROWS = 64  # rows of a state that one warpgroup holds: the height of a wgmma
+MULTIPROCESSORS = 132
+# Registers a thread of the linking warpgroup and of the two that hold states: 152 + 2 * 176 = 3 * 168.
+REGISTERS = (152, 176)
+_SHORTEST_PIECE = 4  # chunks; a piece costs the reading and writing of a state, as much as 2 to 3 chunks of inputs
+_FIRST_PASS = 0.5  # time of a chunk in the first pass, in chunks of the second
+
+
+class Plan(NamedTuple):
+    """How one scan is cut.
+
+    Attributes:
+      chunks: of the whole sequence. piece: chunks in a piece. slots: chunks in flight.
+      heads, blocks: of a thread block: heads, and row blocks of each; one warpgroup for each of these.
+      interpret: on the CPU.
+    """
+
+    chunks: int
+    piece: int
+    slots: int
+    heads: int
+    blocks: int
+    interpret: bool
+
+    @property
+    def pieces(self) -> int:
+        return -(-self.chunks // self.piece)
+
+    @property
+    def lanes(self) -> int:
+        return self.heads * self.blocks
+
+
+def plan(batch: int, length: int, heads: int, share: int, width: int, state: int, *, interpret: bool) -> Plan:
+    """The plan for a scan of `heads` heads of which `share` share B and C."""
+    blocks = -(-width // ROWS)
+    wide = state > 128  # 64 x 256 float32 take half of the registers there are: one warpgroup of states
+    lane_blocks = 2 if blocks % 2 == 0 and not wide else 1
+    lane_heads = 2 if blocks == 1 and share % 2 == 0 and not wide else 1
+    chunks = -(-length // CHUNK)
+    thread_blocks = batch * heads // lane_heads * blocks // lane_blocks
+    slots = min(chunks, 2 if wide else 3)
+    return Plan(chunks, _piece(chunks, thread_blocks), slots, lane_heads, lane_blocks, interpret)
+
+
+def _piece(chunks: int, thread_blocks: int) -> int:
+    """The piece length with the shortest schedule: rounds of blocks on the multiprocessors, times a block's chunks."""
+
+    def time(piece):
+        pieces = -(-chunks // piece)
+        rounds = lambda blocks: -(-blocks // MULTIPROCESSORS)
+        return piece * (rounds(pieces * thread_blocks) + _FIRST_PASS * rounds((pieces - 1) * thread_blocks))
+
+    candidates = {-(-chunks // pieces) for pieces in range(1, max(1, chunks // _SHORTEST_PIECE) + 1)}
+    return min(sorted(candidates, reverse=True), key=time)

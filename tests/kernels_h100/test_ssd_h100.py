@@ -1,0 +1,86 @@
+"""The ssd kernels compiled for an H100 at the shapes of published models, 8,192 tokens."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from compiler import SHARED_MEMORY_LIMIT, compile_for_h100, needs_compiler
+
+from pallas_kernels.ssd import ssd
+
+pytestmark = needs_compiler
+
+MODELS = {
+    "nano": dict(heads=64),
+    "super": dict(heads=128),
+    "ultra": dict(heads=256),
+    "nano-4b": dict(heads=96, width=80),
+    "h-56b": dict(heads=256, state=256),
+    "nano-batch-of-8": dict(heads=64, batch=8),
+}
+
+
+def avals(heads, width=64, state=128, batch=1, length=8192, groups=8):
+    low = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+    high = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    per_group = heads // groups
+    return dict(
+        x=low((batch, length, groups, per_group, width)),
+        dt=low((batch, length, groups, per_group)),
+        A=high((groups, per_group)),
+        B=low((batch, length, groups, state)),
+        C=low((batch, length, groups, state)),
+        D=high((groups, per_group)),
+        dt_bias=high((groups, per_group)),
+        initial_state=high((batch, groups, per_group, width, state)),
+    )
+
+
+@functools.cache
+def report(name, packed=False):
+    inputs = avals(**MODELS[name])
+    batch, length = inputs["x"].shape[:2]
+    documents = jax.ShapeDtypeStruct((batch, length), jnp.int32) if packed else None
+    return compile_for_h100(
+        lambda inputs, documents: ssd(**inputs, documents=documents, implementation="mosaic_gpu"), inputs, documents
+    )
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_registers_shared_memory_and_instructions(name):
+    for kernel in report(name).kernels:
+        assert kernel.spill_bytes == 0, kernel
+        assert kernel.shared_memory < SHARED_MEMORY_LIMIT, kernel
+        assert kernel.wgmma > 0 and kernel.tma > 0, kernel
+
+
+def names(report):
+    return [kernel.name.removesuffix("_mosaic_gpu_kernel") for kernel in report.kernels]
+
+
+def test_heads_that_fill_the_gpu_need_no_first_pass():
+    assert names(report("nano")) == ["ssd_piece_states", "ssd_scan"]
+    assert names(report("ultra")) == names(report("nano-batch-of-8")) == ["ssd_scan"]
+
+
+@pytest.mark.parametrize("name", ["nano", "ultra"])
+def test_memory_holds_no_state_of_every_chunk(name):
+    """All chunk states would be 128 times the result's; pieces, sums and steps are less than half of x."""
+    x = avals(**MODELS[name])["x"]
+    assert report(name).temporary_bytes < 0.5 * x.size * x.dtype.itemsize
+
+
+def test_packed_documents_compile():
+    assert names(report("nano", packed=True)) == ["ssd_piece_states", "ssd_scan"]
+    assert all(kernel.spill_bytes == 0 for kernel in report("nano", packed=True).kernels)
+
+
+def test_gradient_compiles():
+    inputs = avals(**MODELS["nano"] | dict(length=1024))
+
+    def loss(inputs):
+        y, state = ssd(**inputs, implementation="mosaic_gpu")
+        return y.astype(jnp.float32).sum() + state.sum()
+
+    assert "ssd_scan" in names(compile_for_h100(jax.value_and_grad(loss), inputs))

@@ -1,0 +1,126 @@
+"""expert_mlp's Hopper kernels in the Mosaic GPU interpreter, with race detection, against `reference`."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from kernel_cases import as_bfloat16, random
+from tiny import assert_close
+
+from pallas_kernels.expert_mlp import expert_mlp, mosaic_gpu, reference, token_mlp, tuning
+
+pytestmark = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the interpreter needs jax 0.11")
+
+FEATURES, WIDTH, SMALL, MEDIUM, LARGE = 128, 192, 44, 203, 320
+
+
+@pytest.fixture(autouse=True, scope="module")
+def interpreter():
+    """Two multiprocessors, each with three stages; tiles of 16, 64 and 256 rows for the numbers of rows above."""
+    jax.clear_caches()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tuning, "SMS", 2)
+        patch.setattr(tuning, "tile_rows", lambda rows, experts: 16 if rows <= SMALL else 64 if rows <= MEDIUM else 256)
+        patch.setattr(tuning, "blocks", lambda rows, width, slots: tuning.Blocks(rows, 128, 3))
+        with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+            yield
+    jax.clear_caches()
+
+
+@pytest.fixture
+def races_found():
+    """Whether a race was found since the test began; no test may end without asking."""
+    from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpret
+
+    answers = []
+    yield lambda: answers.append(interpret.get_races().races_found) or answers[-1]
+    interpret.reset_gpu_interpret_mode_state()
+    assert answers
+
+
+run = jax.jit(lambda *arguments: expert_mlp(*arguments, implementation="mosaic_gpu"))
+
+
+def arguments(rows, experts, features=FEATURES, width=WIDTH):
+    return (
+        as_bfloat16(random(0, rows, features)),
+        as_bfloat16(random(1, experts, width, features) / 8),
+        as_bfloat16(random(2, experts, width, features) / 8),
+        jnp.asarray(random(3, rows)),
+    )
+
+
+def check(group_sizes, rows, races_found, **sizes):
+    """Products and rounding are those of the reference: only sums in float32 are ordered differently."""
+    values = (*arguments(rows, len(group_sizes), **sizes), jnp.asarray(group_sizes, jnp.int32))
+    y = run(*values)
+    assert y.dtype == jnp.float32
+    assert_close(y, reference.expert_mlp(*values), 2e-3)
+    assert not np.asarray(y)[sum(group_sizes) :].any()
+    assert not races_found()
+
+
+SMALL_GROUPS = {
+    "one-row": [0, 0, 1, 0, 0],
+    "empty-groups": [0, 17, 0, 23, 0],
+    "all-on-a-middle-expert": [0, 0, SMALL, 0, 0],
+    "at-tile-edges": [16, 8, 16, 0, 4],
+    "beside-tile-edges": [15, 9, 1, 2, 17],
+    "several-groups-in-eight-rows": [2, 1, 3, 0, 1],
+    "no-group-at-all": [0, 0, 0, 0, 0],
+}
+
+
+@pytest.mark.parametrize("group_sizes", SMALL_GROUPS.values(), ids=SMALL_GROUPS)
+def test_small_tiles(group_sizes, races_found):
+    check(group_sizes, SMALL, races_found)
+
+
+@pytest.mark.parametrize(
+    "group_sizes", [[70, 0, 230], [256, 60, 3]], ids=["partly-filled-and-rows-beyond", "whole-tiles"]
+)
+def test_tiles_of_two_consumers(group_sizes, races_found):
+    check(group_sizes, LARGE, races_found)
+
+
+def test_widths_that_no_block_divides(races_found):
+    check([5, 30], 40, races_found, features=320, width=64)
+
+
+def test_rows_beyond_the_last_group_may_hold_anything(races_found):
+    x, *others = arguments(SMALL, 5)
+    sizes = jnp.array([4, 0, 7, 0, 0], jnp.int32)
+    clean, dirty = (run(x.at[11:].set(value), *others, sizes) for value in (0, jnp.nan))
+    np.testing.assert_array_equal(clean, dirty)
+    assert not races_found()
+
+
+def test_gradients(races_found):
+    """Groups across tile edges, an empty one, rows beyond the last, in a number that 8 does not divide."""
+    group_sizes, values = jnp.array([70, 0, 130, 1], jnp.int32), arguments(MEDIUM, 4)
+    dy = as_bfloat16(random(4, MEDIUM, FEATURES)).astype(jnp.float32)
+    grads = lambda f, *a: jax.jit(lambda *a: jax.vjp(lambda *a: f(*a, group_sizes), *a)[1](dy))(*a)
+    actual = grads(mosaic_gpu.expert_mlp, *values)
+    expected = grads(reference.expert_mlp, *(a.astype(jnp.float32) for a in values))
+    for name, value, a, e in zip(("x", "up", "down", "weights"), values, actual, expected, strict=True):
+        assert a.dtype == value.dtype and np.isfinite(np.asarray(a, np.float32)).all(), name
+        assert_close(a, e, 1e-2)
+    assert not races_found()
+
+
+def test_token_mlp(races_found):
+    """An expert may be chosen by two tokens, or by none."""
+    x, up, down, _ = arguments(2, 5)
+    ids, weights = jnp.array([[4, 0, 2], [0, 1, 2]], jnp.int32), jnp.asarray(random(3, 2, 3))
+    y = jax.jit(lambda *a: token_mlp(*a, implementation="mosaic_gpu"))(x, up, down, ids, weights)
+    assert_close(y, reference.token_mlp(x, up, down, ids, weights), 2e-3)
+    assert not races_found()
+
+
+def test_the_interpreter_sees_a_missing_fence(monkeypatch, races_found):
+    """Without the fence between a result and the copy that takes it, the other tests fail."""
+    monkeypatch.setattr(plgpu, "commit_smem", lambda: None)
+    values = (*arguments(8, 2), jnp.array([3, 5], jnp.int32))
+    jax.block_until_ready(run(*values))
+    assert races_found()

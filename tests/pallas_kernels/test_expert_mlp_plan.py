@@ -1,0 +1,57 @@
+"""The work list of expert_mlp's Hopper kernels, and the block sizes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import pallas as pl
+
+from pallas_kernels.expert_mlp import mosaic_gpu, tuning
+
+EXPERTS, COLUMNS, ROWS = 6, 3, 200
+
+
+def items_of(work, tile_rows):
+    """Every item of `to_rows`, as arrays."""
+    item_at = lambda i: mosaic_gpu._tile_item(
+        work.tiles, i, experts=EXPERTS, columns=COLUMNS, depth=64, tile_rows=tile_rows
+    )
+    return jax.vmap(item_at)(jnp.arange(work.tiles.shape[0] * COLUMNS))
+
+
+@pytest.mark.parametrize("tile_rows", [8, 16, 64, 256])
+def test_every_row_has_one_tile_of_its_expert(monkeypatch, tile_rows):
+    """And every tile has each column block once; tiles begin at multiples of 8 rows."""
+    monkeypatch.setattr(pl, "multiple_of", lambda x, _: x)  # a hint to the compiler, unknown outside of a kernel
+    cut = jax.jit(lambda sizes: tuple(mosaic_gpu.plan(sizes, ROWS, tile_rows)[:3]))
+    list_items = jax.jit(lambda plan: items_of(mosaic_gpu.Plan(*plan, tile_rows), tile_rows))
+    rng = np.random.default_rng(tile_rows)
+    for _ in range(30):
+        sizes = rng.multinomial(rng.integers(0, ROWS + 1), rng.dirichlet(np.full(EXPERTS, 0.5)))
+        arrays = cut(jnp.asarray(sizes))
+        real, total = np.asarray(arrays[2])
+        assert total <= arrays[0].shape[0]
+        items = [np.asarray(a)[: total * COLUMNS] for a in list_items(arrays)]
+        owner = np.full((ROWS, COLUMNS), -1)
+        for expert, column, row, place, begin, end, steps in zip(*items, strict=True):
+            mine = owner[row + begin : row + end, column]
+            assert (mine == -1).all() and begin < end <= tile_rows and row % 8 == place % 8 == 0
+            mine[:] = expert if steps else EXPERTS
+        expected = np.repeat(np.arange(EXPERTS + 1), [*sizes, ROWS - sizes.sum()])
+        np.testing.assert_array_equal(owner, np.broadcast_to(expected[:, None], owner.shape))
+        assert real * COLUMNS == (items[-1] > 0).sum()
+
+
+@pytest.mark.parametrize("rows", [8, 16, 32, 64, 128, 256])
+@pytest.mark.parametrize("width", [64, 1024, 1856, 2048, 2688, 5120])
+def test_blocks_fill_shared_memory_and_no_more(rows, width):
+    blocks = tuning.blocks(rows, width, slots=3)
+    stage = 2 * 64 * (max(64, rows) + blocks.columns)
+    used = blocks.stages * stage + 3 * 128 * (128 if rows > 64 else 64)
+    assert blocks.stages >= 3 and used + 1024 <= tuning.SHARED_MEMORY
+    assert blocks.stages == 8 or used + stage > tuning.SHARED_MEMORY - 2048
+
+
+@pytest.mark.parametrize("mean, rows", [(1, 16), (3, 16), (8, 32), (22, 64), (48, 128), (384, 256)])
+def test_tiles_hold_a_group_of_usual_size(mean, rows):
+    assert tuning.tile_rows(mean * 128, 128) == rows

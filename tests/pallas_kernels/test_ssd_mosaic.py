@@ -1,0 +1,210 @@
+"""The Hopper kernels of ssd in the GPU interpreter on the CPU, race detection on, against `reference`."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from kernel_cases import documents, fill_pads, random
+
+from pallas_kernels import choice
+from pallas_kernels.ssd import mosaic_gpu, reference, ssd, tuning
+
+plgpu = pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
+if not hasattr(plgpu, "InterpretGPUParams"):
+    pytest.skip("the GPU interpreter needs jax 0.11 or later", allow_module_level=True)
+
+from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreter  # noqa: E402
+
+NO_LIMIT = (0.0, np.inf)
+# bfloat16 inputs are exact on both sides; the kernels round links, states and weighted inputs to 8 bits on their way
+# into a product, the result once more.
+RELATIVE = 1e-2
+
+
+@pytest.fixture
+def short_pieces(monkeypatch):
+    """Pieces of one or two chunks, so that a short sequence takes both kernels."""
+    monkeypatch.setattr(tuning, "_piece", half)
+
+
+def half(chunks, thread_blocks):
+    del thread_blocks
+    return -(-chunks // 2)
+
+
+def arguments(length, batch=1, groups=1, heads=2, width=64, state=64):
+    rng = np.random.default_rng(0)
+    low = lambda *args: jnp.asarray(random(*args), jnp.bfloat16)
+    return dict(
+        x=low(1, batch, length, groups, heads, width),
+        dt=low(2, batch, length, groups, heads),
+        A=-rng.uniform(0.5, 16, (groups, heads)).astype(np.float32),
+        B=low(3, batch, length, groups, state) / 8,
+        C=low(4, batch, length, groups, state),
+        D=random(5, groups, heads),
+        dt_bias=random(6, groups, heads) - 3,
+        initial_state=random(7, batch, groups, heads, width, state),
+    )
+
+
+@functools.cache
+def compiled(implementation, limit, piece, options=()):
+    """`f(arguments, documents, owner)`; `piece` is what the test has patched."""
+    del piece
+
+    def run(values, docs, owner):
+        inputs = [values[name] for name in ("x", "dt", "A", "B", "C", "D", "dt_bias")]
+        return implementation(*inputs, limit, values["initial_state"], docs, owner, 128, **dict(options))
+
+    return jax.jit(run)
+
+
+def expected(values, docs=None, owner=None, limit=NO_LIMIT):
+    return compiled(reference.ssd, limit, None)(values, docs, owner)
+
+
+def kernels(values, docs=None, owner=None, limit=NO_LIMIT):
+    """The kernels in the interpreter, which must find no race."""
+    run = compiled(mosaic_gpu.ssd, limit, tuning._piece, (("interpret", True),))
+    result = jax.block_until_ready(run(values, docs, owner))
+    found = interpreter.get_races().races_found
+    interpreter.reset_gpu_interpret_mode_state()
+    assert not found
+    return result
+
+
+def check(values, docs=None, owner=None, limit=NO_LIMIT, relative=RELATIVE):
+    actual, wanted = kernels(values, docs, owner, limit), expected(values, docs, owner, limit)
+    real = True if docs is None else (docs > 0)[..., None, None, None]
+    assert actual[0].dtype == jnp.bfloat16 and actual[1].dtype == jnp.float32
+    for a, w in zip(actual, wanted, strict=True):
+        a, w = (np.where(real if a is actual[0] else True, np.asarray(v, np.float32), 0) for v in (a, w))
+        np.testing.assert_allclose(a, w, rtol=0, atol=relative * np.abs(w).max())
+
+
+@pytest.mark.parametrize("length", [2, 64, 65])
+def test_length_around_the_chunk_edges(length):
+    check(arguments(length))
+
+
+@pytest.mark.usefixtures("short_pieces")
+def test_last_piece_shorter_than_the_others():
+    check(arguments(130))
+
+
+@pytest.mark.usefixtures("short_pieces")
+def test_more_chunks_than_slots():
+    """Slots are used again, in the first kernel and in the second."""
+    check(arguments(8 * 64 - 1))
+
+
+SHAPES = {
+    "one-head-a-group": dict(heads=1),
+    "groups-and-batch": dict(batch=2, groups=2),
+    "head-of-80": dict(width=80, heads=1),
+    "state-of-128": dict(state=128),
+    "state-of-256": dict(state=256, heads=1),
+}
+
+
+@pytest.mark.usefixtures("short_pieces")
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_shapes(shape):
+    check(arguments(100, **shape))
+
+
+row_of = lambda *runs: "".join(run[0] * int(run[1:]) for run in runs)
+DOCUMENTS = {
+    "reset-in-mid-chunk": (row_of("b40", "c90"), 2),
+    "reset-at-a-chunk-edge": (row_of("b64", "c66"), 2),
+    "resets-in-a-row": (row_of("b70", "c1", "d1", "e58"), 2),
+    "state-of-another-document": (row_of("c130"), 2),
+    "pads-left": (row_of(".70", "b60"), 2),
+    "pads-right": (row_of("b60", ".70"), 2),
+    "pads-between": (row_of("b30", ".50", "b10", "c20", ".10", "d10"), 2),
+}
+
+
+@pytest.mark.usefixtures("short_pieces")
+@pytest.mark.parametrize("row, owner", DOCUMENTS.values(), ids=DOCUMENTS)
+def test_documents_and_pads(row, owner):
+    """NaN at pads is not seen either."""
+    docs, owners = documents(row), np.array([owner], np.int32)
+    values = arguments(len(row))
+    dirty = {name: fill_pads(values[name], docs, np.nan) for name in ("x", "dt", "B", "C")}
+    actual, wanted = kernels(values | dirty, docs, owners), expected(values, docs, owners)
+    np.testing.assert_allclose(actual[1], wanted[1], rtol=0, atol=RELATIVE * np.abs(wanted[1]).max())
+    real = docs > 0
+    y, wanted_y = (np.asarray(v[0], np.float32)[real] for v in (actual, wanted))
+    np.testing.assert_allclose(y, wanted_y, rtol=0, atol=RELATIVE * np.abs(wanted_y).max())
+
+
+@pytest.mark.usefixtures("short_pieces")
+def test_extreme_steps():
+    """Steps of 30 at A = -64 among steps of 1e-3, whose decay near 1 must not be rounded away."""
+    values = arguments(140)
+    step = np.where(np.arange(140) % 50 < 3, 30.0, np.log(np.expm1(1e-3)))
+    dt = jnp.broadcast_to(jnp.asarray(step, jnp.bfloat16)[None, :, None, None], (1, 140, 1, 2))
+    check(values | dict(A=np.full((1, 2), -64, np.float32), dt_bias=np.zeros((1, 2), np.float32), dt=dt))
+
+
+def test_dt_limit():
+    check(arguments(70), limit=(0.1, 0.5))
+
+
+@pytest.mark.usefixtures("short_pieces")
+def test_gradient():
+    values = {k: jnp.asarray(v) for k, v in arguments(70).items()}
+    docs, owner = documents("a" * 30 + "." * 5 + "b" * 35), np.array([1], np.int32)
+
+    def loss(run):
+        def of(values):
+            y, state = run(values, docs, owner)
+            y = jnp.where((docs > 0)[..., None, None, None], y, 0).astype(jnp.float32)
+            return jnp.vdot(y, random(8, *y.shape)) + jnp.vdot(state, random(9, *state.shape))
+
+        return of
+
+    actual = jax.jit(jax.grad(loss(compiled(mosaic_gpu.ssd, NO_LIMIT, half, (("interpret", True),)))))(values)
+    wanted = jax.jit(jax.grad(loss(expected)))(values)
+    for name, w in wanted.items():
+        a, w = (np.asarray(v, np.float32) for v in (actual[name], w))
+        np.testing.assert_allclose(a, w, rtol=0, atol=2e-2 * np.abs(w).max(), err_msg=name)
+
+
+REFUSED = {
+    "float32": (dict(x=random(1, 1, 70, 1, 2, 64)), "must be bfloat16, got float32"),
+    "state-of-96": (arguments(70, state=96), "state size must be 64, 128, 192 or 256, got 96"),
+    "one-token": (arguments(1), "one token is one pass"),
+}
+
+
+@pytest.mark.parametrize("changes, message", REFUSED.values(), ids=REFUSED)
+def test_what_the_kernels_do_not_support_is_refused_by_name_and_left_to_xla(changes, message):
+    values = {k: jnp.asarray(v) for k, v in (arguments(70) | changes).items()}
+    with pytest.raises(ValueError, match=f"ssd: mosaic_gpu cannot run: .*{message}"):
+        ssd(**values, implementation="mosaic_gpu")
+    for default, xla in zip(ssd(**values), ssd(**values, implementation="xla"), strict=True):
+        np.testing.assert_array_equal(np.asarray(default, np.float32), np.asarray(xla, np.float32))
+
+
+def test_the_default_on_a_cpu_is_xla(monkeypatch):
+    monkeypatch.setattr(choice, "HOPPER_BY_DEFAULT", True)
+    values = {k: jnp.asarray(v) for k, v in arguments(70).items()}
+    assert mosaic_gpu.supports(values["x"], values["B"], values["C"]) is None
+    run = lambda name: jax.jit(functools.partial(ssd, implementation=name))(**values)
+    for default, xla in zip(run(None), run("xla"), strict=True):
+        np.testing.assert_array_equal(np.asarray(default, np.float32), np.asarray(xla, np.float32))
+
+
+@pytest.mark.parametrize("batch, blocks", [(1, 32), (1, 64), (1, 128), (2, 32), (8, 32), (1, 4)])
+@pytest.mark.parametrize("chunks", [1, 2, 7, 128, 1000])
+def test_pieces_cover_the_sequence_and_fill_the_multiprocessors(batch, blocks, chunks):
+    plan = tuning.plan(batch, chunks * 64, 2 * blocks, 8, 64, 128, interpret=False)
+    assert (plan.pieces - 1) * plan.piece < chunks <= plan.pieces * plan.piece
+    work = batch * blocks * chunks
+    rounds = -(-batch * blocks * plan.pieces // tuning.MULTIPROCESSORS)
+    if chunks >= 128:
+        assert rounds * plan.piece * tuning.MULTIPROCESSORS <= 1.4 * work
