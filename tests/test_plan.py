@@ -122,10 +122,15 @@ def sent(program):
     [
         # The embedding and each layer are summed; layer E gathers nothing, its experts' hidden units are split.
         ("tensor=2", 2, {"all-reduce": 5}, {"all-reduce": 5}),
-        # Rows travel to experts, and sums back; one number says how many rounds.
-        ("expert=2", None, {"all-gather", "reduce-scatter"}, {"all-gather", "reduce-scatter"}),
-        # One shift for each part of a state of the Mamba-2 layer; queries meet all slots.
-        ("sequence=2", 1, {"collective-permute", "all-gather", "all-reduce", "reduce-scatter"}, {"all-reduce"}),
+        # Rows travel to experts, and sums back; small ones say how many, and how many rounds.
+        (
+            "expert=2",
+            None,
+            {"ragged-all-to-all", "all-to-all", "all-reduce"},
+            {"ragged-all-to-all", "all-to-all"},
+        ),
+        # A shift for each part of the state of a Mamba-2 layer; queries meet all slots.
+        ("sequence=2", None, {"collective-permute", "all-gather", "all-reduce", "reduce-scatter"}, {"all-reduce"}),
     ],
     ids=["tensor", "expert", "sequence"],
 )
@@ -134,7 +139,7 @@ def test_plan_of_a_mesh(mesh, weights, prefill, decode):
     done = planning.plan(SMALL, context=512, batch=2, piece=128, mesh=mesh)
     whole = num_bytes(SMALL)
     if weights:
-        assert done.weight_bytes == pytest.approx(whole / weights, rel=0.02)
+        assert done.weight_bytes == pytest.approx(whole / weights, rel=0.05)
     for program, kinds in zip(done.programs, (prefill, decode), strict=True):
         assert program.argument_bytes == pytest.approx(done.weight_bytes + done.cache_bytes, rel=0.01)
         found = sent(program)
@@ -156,7 +161,7 @@ FULL_SIZE = {
     "ultra-16-h100": ("ultra-550b-a55b", "h100", "expert=2,tensor=8", 8192, 2),
 }
 # Weights leave Ultra 10 GB on each device, so its prompts come in smaller pieces.
-PIECES = {"ultra-550b-a55b": 1024}
+PIECES = {"ultra-550b-a55b": 2048}
 
 
 @pytest.mark.slow
