@@ -27,6 +27,9 @@ from nemojax.specs import layer_name, param_axes
 ROWS, TOKENS, SLOTS = PartitionSpec("batch"), PartitionSpec("batch", "tokens"), PartitionSpec("batch", "slots")
 HIDDEN = PartitionSpec("batch", "tokens", None)
 
+# From so many tokens on, memory for a layer's projections counts more than what XLA can fuse across layers.
+_LONG = 1024
+
 CAPTURES = ("resid_pre", "resid_post", "mixer_out", "router", "ssm_state")
 
 
@@ -129,8 +132,10 @@ def _layers(
                 params[name], x, states and states.get(name), segments=segments
             )
         if states is not None and kind in "M*":
-            # Else XLA cuts states out of the projections at the very end, and keeps every layer's until then.
-            x, after[name] = jax.lax.optimization_barrier((x, state))
+            if tokens.shape[1] >= _LONG:
+                # Else XLA cuts states out of the projections at the very end, and keeps every layer's until then.
+                x, state = jax.lax.optimization_barrier((x, state))
+            after[name] = state
         _record(captured, kind, resid_pre=before, resid_post=x, mixer_out=mixer, state=state)
     hidden = rms_norm(x, params["norm_f"], config.layer_norm_epsilon)
     return hidden, after if states is not None else None, captured
