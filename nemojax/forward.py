@@ -96,8 +96,8 @@ def backbone(
         used = [name for name in params if name not in ("lm_head", "mtp")]
         params = {name: params[name] for name in used}
         axes = ({name: param_axes(config)[name] for name in used}, TOKENS)
-        axes += (states and state_axes(config), None if fits is None else ROWS)
-        outputs = (HIDDEN, states and state_axes(config), _captured_axes(config, capture))
+        axes += (None if states is None else state_axes(config), None if fits is None else ROWS)
+        outputs = (HIDDEN, None if states is None else state_axes(config), _captured_axes(config, capture))
         run = _on_shards(run, cut, segments, axes, outputs)
         hidden, states, captured = run(params, tokens, states, fits)
     if cache_out is not None:
@@ -129,7 +129,7 @@ def _layers(
         layer = functools.partial(block, kind=kind, config=config, implementation=implementation, shard=shard)
         with jax.named_scope(name):
             x, mixer, state = (jax.checkpoint(layer) if remat else layer)(
-                params[name], x, states and states.get(name), segments=segments
+                params[name], x, None if states is None else states.get(name), segments=segments
             )
         if states is not None and kind in "M*":
             if tokens.shape[1] >= _LONG:
