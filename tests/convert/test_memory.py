@@ -12,14 +12,12 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from sharding.processes import start
 
 from convert.hf_reader import HFReader
 from convert.hf_writer import HFWriter, TensorPlan
 from convert.names import entries
 from nemojax.config import Config
 from nemojax.hf_config import config_to_hf
-from nemojax.specs import flatten, model_specs, num_bytes
 
 REPOSITORY = Path(__file__).parents[2]
 LIMIT = 2.0e9
@@ -34,7 +32,6 @@ CONFIG = Config(
     moe_intermediate_size=1856,
     moe_shared_expert_intermediate_size=3712,
 )
-MODEL_BYTES, LARGEST = num_bytes(CONFIG), max(spec.nbytes for _, spec in flatten(model_specs(CONFIG)))
 # ru_maxrss survives exec, so a child of a large test process would report its parent; a grandchild does not.
 MEASURED = """
 import resource, subprocess, sys
@@ -79,16 +76,6 @@ def convert(source: Path, target: Path) -> int:
     return peak
 
 
-def check_two_processes_load_a_half_each(source: Path) -> None:
-    """Each process reads what its devices hold; beside that it has the largest leaf, or the slices of it."""
-    for printed in start(source, "expert=4,tensor=2", out=None):
-        assert 1e9 < printed["held"] < 0.7 * MODEL_BYTES
-        assert printed["grown"] < printed["held"] + 2 * LARGEST + 0.3e9, printed
-        print(
-            f"{source.name} on half of 8 devices: {printed['held'] / 1e9:.2f} GB, peak {printed['grown'] / 1e9:.2f} GB"
-        )
-
-
 def differing(a: Path, b: Path) -> list[str]:
     with HFReader(a) as left, HFReader(b) as right:
         assert list(left) == list(right)
@@ -109,8 +96,6 @@ def test_conversion_is_streamed(tmp_path: Path) -> None:
         peaks = [convert(tmp_path / "hf", tmp_path / "orbax"), convert(tmp_path / "orbax", tmp_path / "back")]
         assert differing(tmp_path / "hf", tmp_path / "back") == []
         assert max(peaks) < LIMIT
-        for name in ("hf", "orbax"):
-            check_two_processes_load_a_half_each(tmp_path / name)
     finally:
         for name in ("hf", "orbax", "back"):  # pytest keeps the directories of the last runs
             shutil.rmtree(tmp_path / name, ignore_errors=True)
