@@ -43,11 +43,6 @@ class Axis:
         """Sum over the shards, of which each keeps its part along dimension `dim`."""
         return jax.lax.psum_scatter(value, self.name, scatter_dimension=dim, tiled=True)
 
-    def own_part(self, value: jax.Array, dim: int) -> jax.Array:
-        """This shard's part of a value that every shard holds."""
-        width = value.shape[dim] // self.size
-        return jax.lax.dynamic_slice_in_dim(value, self.index() * width, width, dim)
-
     def shift(self, tree: Tree, steps: int = 1) -> Tree:
         """The values of the shard `steps` places before; zeros on the first ones."""
         pairs = [(i, i + steps) for i in range(self.size - steps)]
@@ -75,8 +70,7 @@ class Axis:
         index, steps = self.index(), 1
 
         def earlier(tree, steps):
-            held = jax.tree.map(lambda a, b: jnp.where(index >= steps, a, b), self.shift(tree, steps), identity)
-            return held
+            return jax.tree.map(lambda a, b: jnp.where(index >= steps, a, b), self.shift(tree, steps), identity)
 
         value = earlier(value, 1)
         while steps < self.size - 1:

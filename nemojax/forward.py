@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from nemojax.cache import MAMBA_AXES, Cache, state_axes
 from nemojax.config import LAYER_KINDS, Config
+from nemojax.errors import InputError
 from nemojax.layers.block import block
 from nemojax.layers.moe import Routing
 from nemojax.layers.mtp import mtp
@@ -20,7 +21,7 @@ from nemojax.layers.norm import rms_norm
 from nemojax.layers.project import dot_rows
 from nemojax.segments import Segments, enter
 from nemojax.sequence import documents_before
-from nemojax.sharding import WHOLE, Cut, Shard
+from nemojax.sharding import WHOLE, Cut, Shard, describe
 from nemojax.specs import layer_name, param_axes
 
 # Logical axes of what a call takes and gives.
@@ -92,6 +93,11 @@ def backbone(
         hidden, states, captured = run(segments, params, tokens, states, fits)
     else:
         cut = Cut.of(mesh, config, *tokens.shape)
+        if cache is not None and cut.slots(cache.max_len) != cache.max_len:
+            raise InputError(
+                f"cache of {cache.max_len} slots does not divide over the mesh {describe(mesh)}; make it with "
+                f"init_cache(..., mesh=mesh), which rounds up to {cut.slots(cache.max_len)}"
+            )
         run = functools.partial(run, shard=cut.shard(dispatch))
         used = [name for name in params if name not in ("lm_head", "mtp")]
         params = {name: params[name] for name in used}

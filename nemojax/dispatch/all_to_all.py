@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from nemojax.axis import Axis
-from nemojax.dispatch.local import contribution
+from nemojax.dispatch.local import contribution, sum_of_rounds
 
 # The buffer of a destination has room for this many times the mean number of rows.
 ROOM = 1.25
@@ -65,13 +65,7 @@ def dispatch(
         back = exchange(y.reshape(axis.size, buffer, -1), received, counts, axis)
         return sum(back[d].at[at[:, d]].get(mode="fill", fill_value=0) for d in range(axis.size))
 
-    def one(y, start):
-        return jax.lax.cond(start < most, lambda: y + compute(start), lambda: y), None
-
-    rounds = -(-rows // buffer)
-    if rounds == 1:
-        return compute(0)
-    return jax.lax.scan(jax.checkpoint(one), jnp.zeros(x.shape), jnp.arange(rounds) * buffer)[0]
+    return sum_of_rounds(compute, most, buffer, -(-rows // buffer), x.shape)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -61,14 +62,14 @@ def contribution(
     experts = up.shape[0]
     most = rows * min(chosen, experts)
     buffer = min(most, max(SMALLEST_BUFFER, math.ceil(ROOM * mean_pairs)))
-    rounds = -(-most // buffer)
+    most_rounds = -(-most // buffer)
     with jax.named_scope("sort"):
         own = ids.reshape(-1) - first
         own = jnp.where((own >= 0) & (own < experts), own, experts)
         order = jnp.argsort(own, stable=True)
         ends = jnp.cumsum(jnp.bincount(own, length=experts + 1)[:experts])
         place = jnp.where(own < experts, _inverse(order), -1).reshape(rows, chosen)
-        order = jnp.pad(order, (0, max(0, rounds * buffer - order.size)))
+        order = jnp.pad(order, (0, max(0, most_rounds * buffer - order.size)))
 
     def compute(start):
         pairs = jax.lax.dynamic_slice_in_dim(order, start, buffer)
@@ -79,12 +80,21 @@ def contribution(
         at = jnp.where(here, at, 0)
         return sum(jnp.where(here[:, k, None], _take(y, at[:, k]), 0) for k in range(chosen))
 
+    return sum_of_rounds(compute, ends[-1], buffer, most_rounds, x.shape)
+
+
+def sum_of_rounds(compute: Callable, count: Array, buffer: int, rounds: int, shape: tuple[int, ...]) -> Array:
+    """The sum [R, L] of `compute(start)` over the rounds that `count` places take through a buffer, `rounds` at most.
+
+    All rounds are one program, those without work cost nothing, and the backward pass saves nothing of them.
+    """
+
     def one(y, start):
-        return jax.lax.cond(start < ends[-1], lambda: y + compute(start), lambda: y), None
+        return jax.lax.cond(start < count, lambda: y + compute(start), lambda: y), None
 
     if rounds == 1:
         return compute(0)
-    return jax.lax.scan(jax.checkpoint(one), jnp.zeros((rows, x.shape[1])), jnp.arange(rounds) * buffer)[0]
+    return jax.lax.scan(jax.checkpoint(one), jnp.zeros(shape), jnp.arange(rounds) * buffer)[0]
 
 
 def _sorted(x, weights, pairs, up, down):

@@ -36,9 +36,7 @@ def _choose(operation, implementations, best, name, *arrays):
     reason = mosaic_gpu.supports(*arrays)
     if name is None and reason is None and hopper():
         return best
-    if name == "mosaic_gpu" and reason is not None:
-        raise ValueError(f"{operation}: implementation 'mosaic_gpu' cannot run: {reason}; use 'xla'")
-    return choose(operation, implementations, name)
+    return choose(operation, implementations, name, {"mosaic_gpu": reason})
 
 
 def expert_mlp(

@@ -72,9 +72,7 @@ def ssd(
     if documents is not None and initial_document is None:
         initial_document = jnp.zeros((batch,), documents.dtype)
     reason = mosaic_gpu.supports(x, B, C)
-    if implementation == "mosaic_gpu" and reason:
-        raise ValueError(f"ssd: mosaic_gpu cannot run: {reason}")
-    run = choose("ssd", IMPLEMENTATIONS, implementation)
+    run = choose("ssd", IMPLEMENTATIONS, implementation, {"mosaic_gpu": reason})
     if implementation is None and reason is None and hopper():
         run = functools.partial(_kernels_on_cuda, run)
     inputs = (x, dt, A, B, C, D, dt_bias)

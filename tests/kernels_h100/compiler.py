@@ -18,8 +18,9 @@ from unittest import mock
 import jax
 import numpy as np
 import pytest
-from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from nemojax.gpu_targets import abstract_devices, gpu
 
 SHARED_MEMORY_LIMIT = 232_448  # bytes of one thread block
 
@@ -27,22 +28,6 @@ needs_compiler = pytest.mark.skipif(
     importlib.util.find_spec("jax_cuda13_plugin") is None,
     reason="the CUDA compiler is not installed: pip install jax-cuda13-plugin jax-cuda13-pjrt",
 )
-
-# The limits of an H100 SXM as NVIDIA publishes them, in the fields of XLA's GpuTargetConfigProto.
-_H100 = """
-gpu_device_info {
-  threads_per_block_limit: 1024  threads_per_warp: 32  threads_per_core_limit: 2048
-  shared_memory_per_block: 49152  shared_memory_per_core: 233472  shared_memory_per_block_optin: 232448
-  core_count: 132  fpus_per_core: 128  registers_per_core_limit: 65536  registers_per_block_limit: 65536
-  block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
-  memory_bandwidth: 3352320000000  l2_cache_size: 52428800  clock_rate_ghz: 1.98  device_memory_size: 84942979072
-  cuda_compute_capability { major: 9 }
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 12 }
-runtime_version { major: 13 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,8 +57,7 @@ class Report:
 
 def compile_for_h100(function: Callable, *arguments: Any) -> Report:
     """Compiles `function` of trees of `ShapeDtypeStruct` for one abstract H100; raises what the compiler raises."""
-    topology = topologies.get_topology_desc(platform="cuda", target_config=_H100, topology="1x1x1")
-    mesh = Mesh(np.array(topology.devices), ("device",))
+    mesh = Mesh(np.array(abstract_devices(gpu("h100"), 1)), ("device",))
     place = NamedSharding(mesh, PartitionSpec())
     arguments = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), arguments)
     with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, _dump_to(folder)), jax.set_mesh(mesh):

@@ -184,7 +184,7 @@ REFUSED = {
 @pytest.mark.parametrize("changes, message", REFUSED.values(), ids=REFUSED)
 def test_what_the_kernels_do_not_support_is_refused_by_name_and_left_to_xla(changes, message):
     values = {k: jnp.asarray(v) for k, v in (arguments(70) | changes).items()}
-    with pytest.raises(ValueError, match=f"ssd: mosaic_gpu cannot run: .*{message}"):
+    with pytest.raises(ValueError, match=f"ssd: implementation 'mosaic_gpu' cannot run: .*{message}"):
         ssd(**values, implementation="mosaic_gpu")
     for default, xla in zip(ssd(**values), ssd(**values, implementation="xla"), strict=True):
         np.testing.assert_array_equal(np.asarray(default, np.float32), np.asarray(xla, np.float32))

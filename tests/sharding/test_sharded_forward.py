@@ -138,6 +138,14 @@ def test_ids_outside_the_vocabulary_give_nan_on_every_shard():
     assert np.isnan(logits[:2, 1:]).all() and np.isfinite(logits[2]).all()
 
 
+def test_a_cache_that_does_not_divide_is_refused():
+    model, params = on("sequence=8")
+    with pytest.raises(
+        InputError, match=r"cache of 35 slots does not divide over the mesh sequence=8; .* up to 40"
+    ):
+        model.apply({"params": params}, TOKENS, SEGMENTS, init_cache(CONFIG, len(TOKENS), 35))
+
+
 def test_dispatch_that_does_not_exist_is_refused():
     model, params = on("expert=8")
     with pytest.raises(InputError, match="dispatch 'dense' does not exist; known: ring, all_to_all"):
