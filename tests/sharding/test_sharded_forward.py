@@ -140,9 +140,7 @@ def test_ids_outside_the_vocabulary_give_nan_on_every_shard():
 
 def test_a_cache_that_does_not_divide_is_refused():
     model, params = on("sequence=8")
-    with pytest.raises(
-        InputError, match=r"cache of 35 slots does not divide over the mesh sequence=8; .* up to 40"
-    ):
+    with pytest.raises(InputError, match=r"cache of 35 slots does not divide over the mesh sequence=8; .* up to 40"):
         model.apply({"params": params}, TOKENS, SEGMENTS, init_cache(CONFIG, len(TOKENS), 35))
 
 
