@@ -1,4 +1,6 @@
-"""A checkpoint of several gigabytes is converted in less memory than half of it, and no bit changes."""
+"""A checkpoint of several gigabytes: converted in less memory than half of it, and no bit changes; loaded by two
+processes, neither of which ever holds the whole.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +14,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+from processes import start
 
 from convert.hf_reader import HFReader
 from convert.hf_writer import HFWriter, TensorPlan
@@ -22,7 +25,7 @@ from nemojax.hf_config import config_to_hf
 REPOSITORY = Path(__file__).parents[2]
 LIMIT = 2.0e9
 DISK = 15e9
-# The widths of Nano; the largest parameter, the experts' `up_proj` of one layer, has 0.64 GB.
+# The widths of Nano.
 CONFIG = Config(
     pattern="MEM*EME",
     vocab_size=8192,
@@ -32,6 +35,7 @@ CONFIG = Config(
     moe_intermediate_size=1856,
     moe_shared_expert_intermediate_size=3712,
 )
+LARGEST = 2 * 64 * 1856 * 2688  # bytes of the largest parameter: the experts' `up_proj` of one layer
 # ru_maxrss survives exec, so a child of a large test process would report its parent; a grandchild does not.
 MEASURED = """
 import resource, subprocess, sys
@@ -86,16 +90,34 @@ def differing(a: Path, b: Path) -> list[str]:
         ]
 
 
+def check_load(checkpoint: Path, nbytes: int) -> None:
+    """Each process fills its own half of the devices, and beside them never holds more than two parameters.
+
+    A half holds half of the experts, nine tenths of this checkpoint, and two copies of the rest.
+    """
+    for index, process in enumerate(start(checkpoint, "expert=4,tensor=2", out=None)):
+        held, grown = process["held"], process["grown"]
+        print(
+            f"{checkpoint.name}, process {index}: holds {held / 1e9:.2f} GB, memory grew {grown / 1e9:.2f} GB at most"
+        )
+        assert 0.6 * nbytes < held < 0.7 * nbytes
+        assert grown < held + 2 * LARGEST
+        assert grown < 0.9 * nbytes
+
+
 @pytest.mark.slow
 def test_conversion_is_streamed(tmp_path: Path) -> None:
     free = shutil.disk_usage(tmp_path).free
     if free < DISK:
         pytest.skip(f"needs {DISK / 1e9:.0f} GB of disk, {free / 1e9:.1f} GB are free")
     try:
-        assert write_checkpoint(tmp_path / "hf") > 2 * LIMIT, "too small to show anything"
+        nbytes = write_checkpoint(tmp_path / "hf")
+        assert nbytes > 2 * LIMIT, "too small to show anything"
         peaks = [convert(tmp_path / "hf", tmp_path / "orbax"), convert(tmp_path / "orbax", tmp_path / "back")]
         assert differing(tmp_path / "hf", tmp_path / "back") == []
         assert max(peaks) < LIMIT
+        for name in ("hf", "orbax"):
+            check_load(tmp_path / name, nbytes)
     finally:
         for name in ("hf", "orbax", "back"):  # pytest keeps the directories of the last runs
             shutil.rmtree(tmp_path / name, ignore_errors=True)

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 
 
 def start(checkpoint: Path, mesh: str, out: Path | None, processes: int = 2) -> list[dict[str, Any]]:
@@ -18,7 +18,7 @@ def start(checkpoint: Path, mesh: str, out: Path | None, processes: int = 2) -> 
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         address = f"localhost:{probe.getsockname()[1]}"
-    command = [sys.executable, str(ROOT / "tests/sharding/two_processes.py"), str(checkpoint), mesh, address]
+    command = [sys.executable, str(ROOT / "tests/two_processes.py"), str(checkpoint), mesh, address]
     running = [
         subprocess.Popen(
             [*command, str(processes), str(index), str(out or "-")],

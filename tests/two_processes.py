@@ -1,7 +1,7 @@
-"""One of several processes that load a checkpoint onto one mesh and run it; `test_processes.py` starts them.
+"""One of several processes that load a checkpoint onto one mesh and run it; `processes.py` starts them.
 
 Arguments: checkpoint, mesh, address of the first process, number of processes, this one's number, file for the
-logits or - to load only.
+logits or - to load only, in the dtypes that are stored.
 """
 
 import json
@@ -32,7 +32,7 @@ def main() -> None:
     mesh = nemojax.make_mesh(MESH)
     jax.jit(lambda: jax.numpy.zeros(8))().block_until_ready()  # what jax itself takes is not counted
     before = peak_memory()
-    model, params = nemojax.load(CHECKPOINT, mesh=mesh, dtype="float32")
+    model, params = nemojax.load(CHECKPOINT, mesh=mesh, dtype=None if OUT == "-" else "float32")
     jax.block_until_ready(params)
     grown = peak_memory() - before
     held = sum(shard.data.nbytes for leaf in jax.tree.leaves(params) for shard in leaf.addressable_shards)
