@@ -6,6 +6,11 @@ from pallas_kernels import choice
 
 
 @pytest.fixture(autouse=True, scope="session")
+def compiler():
+    pytest.importorskip("jax_cuda13_plugin", reason='the CUDA compiler is not installed: pip install "nemojax[plan]"')
+
+
+@pytest.fixture(autouse=True, scope="session")
 def hopper_by_default():
     before, choice.HOPPER_BY_DEFAULT = choice.HOPPER_BY_DEFAULT, True
     yield
