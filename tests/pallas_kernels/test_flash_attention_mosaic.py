@@ -103,6 +103,18 @@ def test_decode_with_documents(monkeypatch):
 
 
 @pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("packed", [False, True], ids=["alone", "documents"])
+def test_a_stretch_of_a_longer_sequence(packed):
+    """More queries than keys, as shards of a sequence meet them: all ahead of the keys, astride, behind all of them."""
+    start = np.array([-150, -40, 90])
+    whole = np.stack([numbers((1, 60), (2, 220)), numbers((1, 100), (0, 4), (2, 176)), numbers((3, 150), (4, 130))])
+    at = lambda first, count: np.stack([row[f : f + count] for row, f in zip(whole, first, strict=True)])
+    first = np.maximum(0, -start)  # of the keys, in a sequence where the queries begin at 0 or later
+    documents = (at(first + start, 130), at(first, 70)) if packed else (None, None)
+    check(*arguments(130, 70, 2, 1, batch=3), start, *documents, gradients=True)
+
+
+@pytest.mark.usefixtures("interpreted")
 def test_one_key_takes_all():
     check(*arguments(70, 70, 1, 1, scale=50.0), [0], relative=2e-2)
 
