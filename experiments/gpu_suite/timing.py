@@ -28,7 +28,7 @@ class Timing(NamedTuple):
 
 def count_of_sets(nbytes: int, expected: float) -> int:
     """How many sets of inputs: too many for the cache, and long enough together for the host to keep up."""
-    sets = max(2 * CACHE / max(nbytes, 1), 4e-4 / max(expected, 1e-6), 2)
+    sets = max(2 * CACHE / max(nbytes, 1), 2e-4 / max(expected, 1e-6), 2)
     return int(max(1, min(sets, 16, MOST // max(nbytes, 1))))
 
 
