@@ -20,13 +20,25 @@ def active_params(config: Config) -> int:
     return total
 
 
-def decode_bytes(config: Config, context: int) -> int:
-    """Bytes read and written for one token at batch 1: active weights, recurrent state, keys and values."""
+def weight_bytes(config: Config, tokens: int) -> float:
+    """Bytes of the weights that so many tokens read together, if they choose their experts at random."""
+    item = config.np_dtype.itemsize
+    everything = active_params(config)
+    if "E" not in config.pattern:
+        return everything * item
+    experts, chosen = config.n_routed_experts, config.num_experts_per_tok
+    one = 2 * config.moe_intermediate_size * config.expert_width
+    touched = experts * (1 - (1 - chosen / experts) ** tokens)
+    return (everything + config.pattern.count("E") * (touched - chosen) * one) * item
+
+
+def decode_bytes(config: Config, context: int, batch: int = 1) -> float:
+    """Bytes read and written for one token of each row: weights, recurrent state, keys and values."""
     item = config.np_dtype.itemsize
     mamba, attention = config.pattern.count("M"), config.pattern.count("*")
     state = 2 * 4 * config.mamba_inner * config.ssm_state_size
     keys = 2 * item * config.num_key_value_heads * config.head_dim * context
-    return active_params(config) * item + mamba * state + attention * keys
+    return weight_bytes(config, batch) + batch * (mamba * state + attention * keys)
 
 
 def prefill_flops(config: Config, tokens: int) -> int:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import re
 from collections.abc import Callable, Mapping
 
 import jax
 
 DEFAULT = "xla"
-# The Hopper kernels have been interpreted and compiled, but not yet run on a GPU: they must be named.
-HOPPER_BY_DEFAULT = False
+_HOPPER = re.compile(r"\bG?H\d{2,3}\b")
+_log = logging.getLogger(__name__)
 
 
 def choose(
@@ -39,13 +41,34 @@ def choose(
     return implementations[name]
 
 
-def hopper() -> bool:
-    """Whether None means the Hopper kernels in the CUDA branch of a program.
+def on_hopper(operation: str, refusal: str | None) -> bool:
+    """Whether None means the Hopper kernels in the CUDA branch of a program; where not, the log says why, once.
 
-    The mesh of the context says which GPU a program is for (`jax.set_mesh`), whether or not that GPU is present.
-    Devices are never asked: that would rule out compiling for a GPU that is not there.
+    Args:
+      refusal: why they cannot run with the arguments at hand, or None where they can.
+    """
+    device = target()
+    reason = refusal if _HOPPER.search(device) else "they need a Hopper GPU"
+    if reason is not None:
+        _say_once(f"{operation} on {device} does not use the Hopper kernels: {reason}")
+    return reason is None
+
+
+def target() -> str:
+    """The device that a program is traced for, as JAX names its kind.
+
+    A mesh in the context says it (`jax.set_mesh`, `jax.shard_map`), whether or not that device is present: so a program
+    can be compiled for a GPU that is not there. Without a mesh it is the default device, or "" where there is none.
     """
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    if device is None or device.platform not in ("gpu", "cuda"):
-        return HOPPER_BY_DEFAULT
-    return HOPPER_BY_DEFAULT and re.search(r"\bG?H\d{2,3}\b", device.device_kind) is not None
+    if device is not None:
+        return device.device_kind
+    try:
+        return jax.devices()[0].device_kind
+    except RuntimeError:  # a platform that was asked for and is not there
+        return ""
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    _log.info(message)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import pickle
 import time
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Array, Bool, Float, Int
+from orbax.checkpoint import multihost
 
 from nemojax import forward
 from nemojax.cache import Cache, init_cache
@@ -26,6 +28,7 @@ from nemojax.model import Nemotron
 
 # Logits that exist at one time, in values: 256 MB of float32.
 _LOGITS = 2**26
+_DAY = 24 * 3600 * 1000  # milliseconds
 
 
 @dataclasses.dataclass
@@ -152,6 +155,7 @@ class Engine:
             self._programs[key] = jax.jit(function).lower(*arguments).compile()
             self.work.programs += 1
             self.work.compile_seconds += time.perf_counter() - begin
+            _meet()
         return self._programs[key]
 
 
@@ -167,8 +171,22 @@ def _to_host(array: jax.Array) -> np.ndarray:
     return multihost_utils.process_allgather(array, tiled=True)
 
 
+_meetings = itertools.count()
+
+
+def _meet() -> None:
+    """Waits for the other processes, if there are any.
+
+    Between steps, process 0 reads tasks and each process compiles at its own pace. Collectives on CPU give up after 30
+    seconds without their peers; this waits.
+    """
+    wait = multihost.get_barrier_sync_fn()
+    wait(key=f"nemojax_evaluation_{next(_meetings)}", timeout_ms=_DAY)
+
+
 def _broadcast(step: Step | None) -> Step:
     """Sends a step from process 0; the others pass None and receive it."""
+    _meet()
     data = b"" if step is None else pickle.dumps(step)
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
     # A power of two, so that few lengths of message are compiled.

@@ -72,8 +72,8 @@ def mamba2(
             "dt_bias": params["dt_bias"],
         }
         before = _no_state(dt, config) if state is None else state.ssm
-        scan = functools.partial(_scan, config=config, implementation=implementation, **carried)
-        scan = functools.partial(_group_by_group_on_cpu, scan, xBC, dt, vectors)
+        options = {"config": config, "implementation": implementation, **carried}
+        scan = functools.partial(_scan, xBC, dt, vectors, **options)
         if shard.tokens_split:
             C = xBC[..., -config.ssm_state_size :]
             steps = step_size(dt, params["dt_bias"], config.time_step_limit)
@@ -96,41 +96,39 @@ def _no_state(dt, config):
 
 def _scan(xBC, dt, vectors, state, *, config, **options):
     """The state-space scan of any number of groups: [B, T, G, C] -> [B, T, G, I]."""
-    inner = config.mamba_heads_per_group * config.mamba_head_dim
-    x, B, C = jnp.split(xBC, [inner, inner + config.ssm_state_size], axis=-1)
-    y, state = ssd(
-        rearrange(x, "b t g (h p) -> b t g h p", p=config.mamba_head_dim),
-        dt,
-        B=B,
-        C=C,
-        **vectors,
-        dt_limit=config.time_step_limit,
-        initial_state=state,
-        chunk_size=config.chunk_size,
-        **options,
-    )
-    return rearrange(y, "b t g h p -> b t g (h p)"), state
+
+    def scan(parts, dt, vectors, state):
+        x, B, C = parts
+        x = rearrange(x, "b t g (h p) -> b t g h p", p=config.mamba_head_dim)
+        limits = {"dt_limit": config.time_step_limit, "chunk_size": config.chunk_size}
+        y, state = ssd(x, dt, B=B, C=C, **vectors, initial_state=state, **limits, **options)
+        return rearrange(y, "b t g h p -> b t g (h p)"), state
+
+    # Without a barrier XLA computes the convolution again in whatever reads a part of its output. A GPU writes each
+    # part by itself, as the kernels want it; on CPU the loop reads its group from all of it.
+    split = lambda xBC: tuple(jnp.split(xBC, [-2 * config.ssm_state_size, -config.ssm_state_size], axis=-1))
+    whole = lambda xBC, *rest: scan(jax.lax.optimization_barrier(split(xBC)), *rest)
+    if xBC.shape[1] < _LOOP_FROM_TOKENS:
+        return whole(xBC, dt, vectors, state)
+    one_group = lambda xBC, *rest: scan(split(xBC), *rest)
+    loop = functools.partial(_group_by_group, one_group)
+    return jax.lax.platform_dependent(xBC, dt, vectors, state, cpu=loop, default=whole)
 
 
-def _group_by_group_on_cpu(scan, xBC, dt, vectors, state):
+def _group_by_group(scan, xBC, dt, vectors, state):
     """Groups never meet inside the scan; on CPU a loop over them keeps what each one needs in the cache.
 
     With 8 groups and 2,048 tokens the scan is 1.6x faster so. A short call has nothing to gain.
     """
-    if xBC.shape[1] < _LOOP_FROM_TOKENS:
-        return scan(xBC, dt, vectors, state)
 
-    def loop(xBC, dt, vectors, state):
-        def body(g):
-            group = lambda a, axis: jax.lax.dynamic_slice_in_dim(a, g, 1, axis)
-            # The barrier keeps XLA from slicing again in every operation that reads the group.
-            part = jax.lax.optimization_barrier(group(xBC, 2))
-            return scan(part, group(dt, 2), {k: group(v, 0) for k, v in vectors.items()}, group(state, 1))
+    def body(g):
+        group = lambda a, axis: jax.lax.dynamic_slice_in_dim(a, g, 1, axis)
+        # The barrier keeps XLA from slicing again in every operation that reads the group.
+        part = jax.lax.optimization_barrier(group(xBC, 2))
+        return scan(part, group(dt, 2), {k: group(v, 0) for k, v in vectors.items()}, group(state, 1))
 
-        y, state_out = jax.lax.map(body, jnp.arange(xBC.shape[2]))
-        return rearrange(y, "g b t 1 i -> b t g i"), rearrange(state_out, "g b 1 h p n -> b g h p n")
-
-    return jax.lax.platform_dependent(xBC, dt, vectors, state, cpu=loop, default=scan)
+    y, state = jax.lax.map(body, jnp.arange(xBC.shape[2]))
+    return rearrange(y, "g b t 1 i -> b t g i"), rearrange(state, "g b 1 h p n -> b g h p n")
 
 
 class Mamba2(nn.Module):

@@ -30,9 +30,7 @@ def causal_conv1d(x, weight, bias, initial, documents, initial_document):
     y = jax.nn.silu(y)
     if documents is not None:
         y = jnp.where((documents > 0)[..., None, None], y, 0)
-    # The barrier keeps XLA from computing all of it again for each of the parts that y is split into.
-    y = jax.lax.optimization_barrier(y.astype(x.dtype))
-    return y, _final(x, taps - 1, initial, lead, end, documents, initial_document)
+    return y.astype(x.dtype), _final(x, taps - 1, initial, lead, end, documents, initial_document)
 
 
 def _shift(array, age):

@@ -6,7 +6,7 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import matvec
-from pallas_kernels.choice import choose, hopper
+from pallas_kernels.choice import choose, on_hopper
 from pallas_kernels.expert_mlp import mosaic_gpu, reference, xla
 
 IMPLEMENTATIONS = {"xla": xla.expert_mlp, "mosaic_gpu": mosaic_gpu.expert_mlp, "reference": reference.expert_mlp}
@@ -34,7 +34,7 @@ _best_for_tokens = matvec.with_gradient_of(
 def _choose(operation, implementations, best, name, *arrays):
     """The implementation called `name`; for None the best of each platform."""
     reason = mosaic_gpu.supports(*arrays)
-    if name is None and reason is None and hopper():
+    if name is None and on_hopper(operation, reason):
         return best
     return choose(operation, implementations, name, {"mosaic_gpu": reason})
 

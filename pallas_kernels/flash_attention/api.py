@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.choice import choose, hopper
-from pallas_kernels.flash_attention import mosaic_gpu, reference, xla
+from pallas_kernels.choice import choose, on_hopper, target
+from pallas_kernels.flash_attention import cudnn, mosaic_gpu, reference, xla
 
 IMPLEMENTATIONS = {
     "xla": xla.flash_attention,
     "mosaic_gpu": mosaic_gpu.flash_attention,
+    "cudnn": cudnn.flash_attention,
     "reference": reference.flash_attention,
 }
 
@@ -37,8 +38,8 @@ def flash_attention(
       start: position of the first query of each row; default 0. Negative or beyond S where the keys are a stretch of a
         longer sequence.
       documents: see `pallas_kernels.documents`. key_documents: the same of the keys; give both or neither.
-      implementation: `"xla"`, `"mosaic_gpu"` (Hopper; bfloat16, P = 128), `"reference"`, or None for the default
-        (`pallas_kernels.choice`).
+      implementation: `"xla"`, `"mosaic_gpu"` (Hopper; bfloat16, P = 128), `"cudnn"` (neither `start` nor documents),
+        `"reference"`, or None: the kernels on Hopper, cuDNN on other NVIDIA GPUs where it can, `"xla"` elsewhere.
 
     Returns:
       The output in q's dtype (zero where nothing is visible) and the log-sum-exp of the scores, float32 (-inf there).
@@ -51,13 +52,20 @@ def flash_attention(
         raise ValueError(f"flash_attention: q {q.shape}, k {k.shape} and v {v.shape} do not fit together")
     if (documents is None) != (key_documents is None):
         raise ValueError("flash_attention: give both documents and key_documents, or neither")
+    refusals = {"mosaic_gpu": mosaic_gpu.supports(q, k), "cudnn": cudnn.supports(q, k, start, documents)}
     if start is None:
         start = jnp.zeros((batch,), jnp.int32)
-    refusal = mosaic_gpu.supports(q, k)
-    run = choose("flash_attention", IMPLEMENTATIONS, implementation, {"mosaic_gpu": refusal})
-    if implementation is None and refusal is None and hopper():
-        run = _by_platform
+    run = choose("flash_attention", IMPLEMENTATIONS, implementation, refusals)
+    if implementation is None:
+        if on_hopper("flash_attention", refusals["mosaic_gpu"]):
+            run = _by_platform
+        elif target().startswith("NVIDIA") and refusals["cudnn"] is None and cudnn.installed(q, k, v):
+            run = _cudnn_on_cuda
     return run(q, k, v, start, documents, key_documents)
+
+
+def _cudnn_on_cuda(*arguments):
+    return jax.lax.platform_dependent(*arguments, cuda=cudnn.flash_attention, default=xla.flash_attention)
 
 
 @jax.custom_vjp

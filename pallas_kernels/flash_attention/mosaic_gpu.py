@@ -122,7 +122,8 @@ def _view(length, share, tile, size, block, start, documents, key_documents, by_
     """The view of tiles of `tile` rows, `share` rows a query, on blocks of `block` keys; or the other way round."""
     pad = lambda rows, many, **how: jnp.pad(rows, ((0, 0), (0, -rows.shape[1] % many)), **how)
     per_row = lambda query: pad(jnp.repeat(query, share, axis=1), tile, mode="edge")
-    position = per_row(start[:, None] + jnp.arange(length, dtype=jnp.int32))
+    # A query behind the last key stands at it: a kernel masks by position alone.
+    position = per_row(jnp.minimum(start[:, None] + jnp.arange(length, dtype=jnp.int32), size - 1))
     # No query stands behind what the last block has beyond the last key.
     key = pad(jnp.arange(size, dtype=jnp.int32)[None], block, constant_values=jnp.iinfo(jnp.int32).max)
     row_of, block_of = (lambda a, n=n: rearrange(a, "b (i r) -> b i r", r=n) for n in (tile, block))

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.choice import choose, hopper
+from pallas_kernels.choice import choose, on_hopper
 from pallas_kernels.ssd import mosaic_gpu, reference, xla
 
 IMPLEMENTATIONS = {"xla": xla.ssd, "mosaic_gpu": mosaic_gpu.ssd, "reference": reference.ssd}
@@ -73,7 +73,7 @@ def ssd(
         initial_document = jnp.zeros((batch,), documents.dtype)
     reason = mosaic_gpu.supports(x, B, C)
     run = choose("ssd", IMPLEMENTATIONS, implementation, {"mosaic_gpu": reason})
-    if implementation is None and reason is None and hopper():
+    if implementation is None and on_hopper("ssd", reason):
         run = functools.partial(_kernels_on_cuda, run)
     inputs = (x, dt, A, B, C, D, dt_bias)
     return run(*inputs, dt_limit, initial_state.astype(jnp.float32), documents, initial_document, chunk_size)

@@ -178,15 +178,18 @@ def test_eight_devices_give_the_same_scores(folder, whole):
     assert scores(results(output)) == pytest.approx(scores(whole), abs=1e-4)
 
 
-def test_two_processes_give_the_same_scores(folder, whole):
+@pytest.mark.parametrize(
+    ("arguments", "devices"), [([], "1"), (MESH, "4")], ids=["each-has-a-whole-copy", "one-mesh-over-both"]
+)
+def test_two_processes_give_the_same_scores(arguments, devices, folder, whole):
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         address = f"localhost:{probe.getsockname()[1]}"
-    output = folder / "two"
+    output = folder / f"two-of-{devices}"
     processes = ["--coordinator", address, "--processes", "2"]
     start = lambda i: subprocess.Popen(
-        command(folder, "--output", str(output), *processes, "--process", str(i)),
-        env=ENVIRONMENT,
+        command(folder, "--output", str(output), *arguments, *processes, "--process", str(i)),
+        env=ENVIRONMENT | {"JAX_NUM_CPU_DEVICES": devices},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -7,6 +7,7 @@ import pytest
 from kernel_cases import as_bfloat16, call, implementations_agree, random
 from tiny import assert_close
 
+from pallas_kernels import choice
 from pallas_kernels.expert_mlp import expert_mlp, token_mlp, xla
 
 EXPERTS, WIDTH, FEATURES = 5, 7, 6
@@ -137,8 +138,9 @@ def test_token_mlp_equals_expert_mlp():
 
 
 @pytest.mark.parametrize("operation", [expert_mlp, token_mlp])
-def test_the_default_on_cpu_is_xla(operation):
-    """Also for arrays that Mosaic GPU supports, where the default is a choice by platform."""
+def test_the_default_on_cpu_is_xla(operation, monkeypatch):
+    """Also where the default is a choice by platform: arrays that Mosaic GPU supports, in a program for Hopper."""
+    monkeypatch.setattr(choice, "target", lambda: "NVIDIA H100 80GB HBM3")
     rows, experts, size = 6, 3, 64
     x, up, down = (as_bfloat16(random(i, *shape, size)) for i, shape in enumerate([(rows,), *[(experts, size)] * 2]))
     weights, ids = random(3, rows), np.arange(rows, dtype=np.int32)[:, None] % experts

@@ -147,7 +147,7 @@ def test_bfloat16(length, start):
         (dict(v=random(1, 2, 8, 2, 3)), r"v \(2, 8, 2, 3\) do not fit together"),
         (dict(q=random(1, 2, 9, 5, 3)), r"q \(2, 9, 5, 3\).* do not fit together"),
         (dict(documents=np.ones((2, 9), np.int32)), "give both documents and key_documents, or neither"),
-        (dict(implementation="cuda"), "'cuda' does not exist; known: xla, mosaic_gpu, reference"),
+        (dict(implementation="cuda"), "'cuda' does not exist; known: xla, mosaic_gpu, cudnn, reference"),
     ],
     ids=["head-dim", "keys-and-values", "heads", "half-of-the-documents", "unknown-implementation"],
 )

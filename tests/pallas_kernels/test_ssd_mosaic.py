@@ -191,7 +191,7 @@ def test_what_the_kernels_do_not_support_is_refused_by_name_and_left_to_xla(chan
 
 
 def test_the_default_on_a_cpu_is_xla(monkeypatch):
-    monkeypatch.setattr(choice, "HOPPER_BY_DEFAULT", True)
+    monkeypatch.setattr(choice, "target", lambda: "NVIDIA H100 80GB HBM3")
     values = {k: jnp.asarray(v) for k, v in arguments(70).items()}
     assert mosaic_gpu.supports(values["x"], values["B"], values["C"]) is None
     run = lambda name: jax.jit(functools.partial(ssd, implementation=name))(**values)

@@ -1,0 +1,134 @@
+"""One command for everything that only a GPU can tell.
+
+    python -m experiments.gpu_suite [--sections ssd,attention] [--minutes 8] [--output experiments/results]
+
+Each kernel is compared with float32 at model shapes, then timed beside every alternative on the machine and beside the
+floor (bytes over bandwidth, operations over peak); then Nano 30B with random weights: prefill, decoding, memory. Needs
+jax with CUDA, flax, orbax, einops and jaxtyping, and no network.
+
+Each section runs in a process of its own with a share of the time: a kernel that hangs or breaks the GPU's context
+costs its section. Results so far are in the files at any moment. Exit status: 0, 1 if anything failed or is wrong, 2
+without a GPU. `--tiny` runs the same code in small on a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+# Shares of the time; a section may also take what those before it have left.
+SECTIONS = {"ssd": 0.2, "attention": 0.2, "experts": 0.2, "torch": 0.05, "model": 0.35}
+ROOT = Path(__file__).parents[2]
+_ASK = """
+import jax
+device = jax.devices()[0]
+print(jax.__version__, device.client.platform_version.splitlines()[0], device.device_kind, sep="|")
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command."""
+    args = _arguments(argv)
+    if args.run:
+        return _run_section(args.run, args.tiny, Path(args.rows))
+    about = _about(args.tiny)
+    if about is None:
+        print("gpu_suite: JAX finds no NVIDIA GPU; --tiny runs the code in small on a CPU", file=sys.stderr)
+        return 2
+    from experiments.gpu_suite import report
+
+    args.output.mkdir(parents=True, exist_ok=True)
+    name = "-".join([about["date"], about["card"].replace(" ", "_"), about["commit"]])
+    rows, end = [], time.monotonic() + 60 * args.minutes
+    left = sum(SECTIONS[section] for section in args.sections)
+    for section in args.sections:
+        allowed = (end - time.monotonic()) * SECTIONS[section] / left
+        left -= SECTIONS[section]
+        rows += _in_process(section, args.tiny, allowed)
+        report.write(args.output / name, about, rows)
+    problems = report.failures(rows)
+    print(report.markdown(about, rows), f"\nwrote {args.output / name}.json and .md", sep="\n")
+    return 1 if problems else 0
+
+
+def _arguments(argv):
+    parser = argparse.ArgumentParser(prog="python -m experiments.gpu_suite", description=__doc__.splitlines()[0])
+    parser.add_argument("--sections", default=",".join(SECTIONS), help="by commas (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=7.5, help="for everything (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=ROOT / "experiments/results", help="default: %(default)s")
+    parser.add_argument("--tiny", action="store_true", help="small shapes on a CPU: for tests")
+    parser.add_argument("--run", choices=SECTIONS, help=argparse.SUPPRESS)
+    parser.add_argument("--rows", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    args.sections = args.sections.split(",")
+    if unknown := set(args.sections) - set(SECTIONS):
+        parser.error(f"unknown section {', '.join(sorted(unknown))}; known: {', '.join(SECTIONS)}")
+    return args
+
+
+def _about(tiny: bool) -> dict[str, str] | None:
+    """Card, versions, date and commit; None without a GPU. Asks in another process: this one must not hold memory."""
+    done = subprocess.run([sys.executable, "-c", _ASK], env=_environment(tiny), capture_output=True, text=True)
+    if done.returncode:
+        return None
+    version, platform, card = done.stdout.strip().splitlines()[-1].split("|")
+    if not tiny and "NVIDIA" not in card:
+        return None
+    commit = subprocess.run(["git", "rev-parse", "--short=10", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return {
+        "card": card,
+        "date": datetime.date.today().isoformat(),
+        "commit": commit.stdout.strip() or "unknown",
+        "jax": version,
+        "platform": platform,
+    }
+
+
+def _environment(tiny: bool, section: str | None = None) -> dict[str, str]:
+    added = {"PYTHONPATH": str(ROOT), "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}
+    if tiny or section == "torch":
+        added["JAX_PLATFORMS"] = "cpu"
+    return os.environ | added
+
+
+def _in_process(section: str, tiny: bool, seconds: float) -> list[dict[str, Any]]:
+    """The rows of a section; what it was at when it was stopped or died is a row too."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.jsonl"
+        path.touch()
+        command = [sys.executable, "-m", "experiments.gpu_suite", "--run", section, "--rows", str(path)]
+        problem = None
+        try:
+            code = subprocess.run(
+                command + ["--tiny"] * tiny, env=_environment(tiny, section), cwd=ROOT, timeout=max(1, seconds)
+            ).returncode
+            problem = f"the process died with status {code}" if code else None
+        except subprocess.TimeoutExpired:
+            problem = f"stopped after {seconds:.0f} s"
+        rows = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+    if problem:
+        after = f" after {rows[-1]['case']}, {rows[-1].get('implementation', '')}" if rows else ""
+        rows.append({"kind": "section", "case": section, "failed": (problem + after).rstrip(", ")})
+    return rows
+
+
+def _run_section(section: str, tiny: bool, path: Path) -> int:
+    from experiments.gpu_suite.sections import rows
+
+    with path.open("a", encoding="utf-8", buffering=1) as out:
+        for row in rows(section, tiny):
+            out.write(json.dumps(row) + "\n")
+            print(section, {k: v for k, v in row.items() if k != "kind"}, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

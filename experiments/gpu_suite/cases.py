@@ -1,0 +1,221 @@
+"""The operations of the model at its shapes: inputs, ways to run them, and the least that the hardware must do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nemojax.config import Config
+from pallas_kernels.causal_conv1d import causal_conv1d
+from pallas_kernels.expert_mlp import expert_mlp, token_mlp
+from pallas_kernels.flash_attention import flash_attention
+from pallas_kernels.ssd import ssd
+
+
+class Work(NamedTuple):
+    """Bytes that must be read or written, and floating-point operations."""
+
+    nbytes: float
+    flops: float
+
+
+class Case(NamedTuple):
+    """One operation at one shape.
+
+    Attributes:
+      arrays: the inputs, from a random key; the first ones are differentiated. count: of those.
+      run: `run(implementation, *arrays)` gives a tuple of arrays, the main one first.
+      implementations: names to try.
+      work: of one call, forward.
+      gradient: factor on the operations for the gradient and its forward pass, or None: forward only.
+    """
+
+    name: str
+    arrays: Callable[[jax.Array], tuple]
+    count: int
+    run: Callable[..., tuple]
+    implementations: tuple[str, ...]
+    work: Work
+    gradient: float | None = None
+
+    def call(self, implementation: str) -> Callable[..., tuple]:
+        """The function of the arrays that is checked and timed."""
+        forward = lambda *arrays: self.run(implementation, *arrays)
+        if self.gradient is None:
+            return forward
+
+        def loss(first, rest):
+            # A weight for every output, so that no gradient is the same everywhere.
+            y = forward(*first, *rest)[0].astype(jnp.float32)
+            return (y * jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape)).sum()
+
+        return lambda *arrays: jax.grad(loss)(arrays[: self.count], arrays[self.count :])
+
+    @property
+    def least(self) -> Work:
+        """The work of what `call` gives."""
+        factor = self.gradient or 1
+        return Work(self.work.nbytes * factor, self.work.flops * factor)
+
+
+FAST = ("mosaic_gpu", "xla")
+
+
+def _normal(key: jax.Array, *shape: int, scale: float = 1.0, dtype: Any = jnp.bfloat16) -> jax.Array:
+    return (scale * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+
+
+def _documents(batch: int, tokens: int) -> jax.Array:
+    """Packed rows: documents of several lengths, resets inside of blocks, pads between and at the end."""
+    at = np.arange(tokens)
+    row = 1 + np.searchsorted(np.array([0.07, 0.31, 0.33, 0.8]) * tokens, at)
+    row[(at % 97 == 3) & (at > tokens // 2)] = 0
+    row[int(0.95 * tokens) :] = 0
+    return jnp.asarray(np.tile(row, (batch, 1)), jnp.int32)
+
+
+def ssd_case(config: Config, batch: int, tokens: int, *, packed: bool = False, gradient: bool = False) -> Case:
+    """The scan. With `packed`, from a state that is not zero."""
+    groups, heads = config.n_groups, config.mamba_heads_per_group
+    width, state = config.mamba_head_dim, config.ssm_state_size
+    options = {"documents": _documents(batch, tokens), "initial_document": jnp.ones(batch, jnp.int32)} if packed else {}
+
+    def arrays(key):
+        k = jax.random.split(key, 8)
+        x = _normal(k[0], batch, tokens, groups, heads, width)
+        dt = _normal(k[1], batch, tokens, groups, heads)
+        A = -jnp.exp(jax.random.uniform(k[2], (groups, heads), minval=-3.0, maxval=2.0))
+        B, C = (_normal(k[i], batch, tokens, groups, state, scale=state**-0.25) for i in (3, 4))
+        D, dt_bias = (_normal(k[i], groups, heads, dtype=jnp.float32) for i in (5, 6))
+        before = _normal(k[7], batch, groups, heads, width, state, dtype=jnp.float32)
+        return (x, dt, A, B, C, D, dt_bias, before) if packed else (x, dt, A, B, C, D, dt_bias)
+
+    def run(implementation, x, dt, A, B, C, D, dt_bias, before=None):
+        more = {"initial_state": before, "chunk_size": config.chunk_size, "implementation": implementation}
+        y, after = ssd(x, dt, A, B, C, D, dt_bias, **more, **options)
+        # What a pad gives is not specified.
+        y = jnp.where((options["documents"] > 0)[..., None, None, None], y, 0) if packed else y
+        return y, after
+
+    inner, shared = config.mamba_inner, groups * state
+    nbytes = 2 * (2 * inner + 2 * shared + groups * heads)
+    flops = 64 * (shared + inner) + 4 * inner * state  # half of a chunk of 64, twice; the state, twice
+    work = Work(batch * tokens * nbytes, batch * tokens * flops)
+    name = f"ssd {batch} x {tokens:,}" + (" packed" if packed else "") + (" gradient" if gradient else "")
+    return Case(name, arrays, 8 if packed else 7, run, FAST, work, 3.0 if gradient else None)
+
+
+def ssd_step_case(config: Config, batch: int) -> Case:
+    """One token: the state is read and written."""
+    one = ssd_case(config, batch, 1)
+    groups, heads, width, state = (
+        config.n_groups,
+        config.mamba_heads_per_group,
+        config.mamba_head_dim,
+        config.ssm_state_size,
+    )
+
+    def arrays(key):
+        before = _normal(key, batch, groups, heads, width, state, dtype=jnp.float32)
+        return (*one.arrays(key), before)
+
+    run = lambda implementation, *a: ssd(*a[:7], initial_state=a[7], implementation=implementation)
+    nbytes = 2 * 4 * batch * config.mamba_inner * state
+    work = Work(nbytes + one.work.nbytes, one.work.flops)
+    return Case(f"ssd step, {batch * groups * heads:,} heads", arrays, 7, run, ("xla",), work)
+
+
+def attention_case(
+    config: Config, batch: int, tokens: int, *, slots: int | None = None, packed: bool = False, gradient: bool = False
+) -> Case:
+    """Causal attention; with `slots`, the last tokens against a cache of that many."""
+    size = slots or tokens
+    heads, groups, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    options = {"start": jnp.full(batch, size - tokens, jnp.int32)} if slots else {}
+    if packed:
+        options |= {"documents": _documents(batch, tokens), "key_documents": _documents(batch, tokens)}
+
+    def arrays(key):
+        k = jax.random.split(key, 3)
+        shapes = [(batch, tokens, heads, width), (batch, size, groups, width), (batch, size, groups, width)]
+        return tuple(_normal(key, *shape) for key, shape in zip(k, shapes, strict=True))
+
+    run = lambda implementation, q, k, v: flash_attention(q, k, v, implementation=implementation, **options)
+    pairs = batch * tokens * (size - (tokens - 1) / 2)
+    nbytes = 2 * batch * (2 * tokens * heads + 2 * size * groups) * width
+    work = Work(nbytes, 4 * pairs * heads * width)
+    name = f"attention {batch} x {tokens:,}" + (f" on {slots:,} slots" if slots else "")
+    name += (" packed" if packed else "") + (" gradient" if gradient else "")
+    implementations = FAST if options else (*FAST, "cudnn")
+    return Case(name, arrays, 3, run, implementations, work, 3.5 if gradient else None)
+
+
+def _routing(config: Config, tokens: int) -> np.ndarray:
+    """Experts of each token, [T, K]: random, and a few experts that nobody chooses where there are enough tokens."""
+    usable = max(config.num_experts_per_tok, config.n_routed_experts - 3)
+    rng = np.random.default_rng(0)
+    return rng.permuted(np.tile(np.arange(usable), (tokens, 1)), axis=1)[:, : config.num_experts_per_tok]
+
+
+def experts_case(config: Config, tokens: int, *, gradient: bool = False) -> Case:
+    """Rows sorted by expert."""
+    rows, width, features = tokens * config.num_experts_per_tok, config.moe_intermediate_size, config.expert_width
+    sizes = np.bincount(_routing(config, tokens).ravel(), minlength=config.n_routed_experts).astype(np.int32)
+    run = lambda implementation, *a: (expert_mlp(*a, jnp.asarray(sizes), implementation=implementation),)
+    weights = 2 * 2 * np.count_nonzero(sizes) * width * features
+    work = Work(weights + rows * features * (2 + 4), 4 * rows * width * features)
+    name = f"experts, {tokens:,} tokens of {features} x {width}" + (" gradient" if gradient else "")
+    arrays = lambda key: _expert_arrays(config, key, rows)
+    return Case(name, arrays, 4, run, FAST, work, 3.0 if gradient else None)
+
+
+def token_experts_case(config: Config, tokens: int) -> Case:
+    """A few tokens, nothing sorted."""
+    ids = _routing(config, tokens)
+    width, features = config.moe_intermediate_size, config.expert_width
+
+    def arrays(key):
+        x, up, down, weights = _expert_arrays(config, key, tokens)
+        return x, up, down, jnp.tile(weights[:, None], (1, ids.shape[1]))
+
+    def run(implementation, x, up, down, weights):
+        return (token_mlp(x, up, down, jnp.asarray(ids, jnp.int32), weights, implementation=implementation),)
+
+    nbytes = 2 * 2 * len(np.unique(ids)) * width * features
+    return Case(
+        f"experts of {tokens} token{'s' * (tokens > 1)}, unsorted",
+        arrays,
+        4,
+        run,
+        FAST,
+        Work(nbytes, 4 * ids.size * width * features),
+    )
+
+
+def _expert_arrays(config: Config, key: jax.Array, rows: int) -> tuple:
+    k = jax.random.split(key, 4)
+    shape = (config.n_routed_experts, config.moe_intermediate_size, config.expert_width)
+    x = _normal(k[0], rows, shape[2])
+    up, down = (_normal(k[i], *shape, scale=size**-0.5) for i, size in ((1, shape[2]), (2, shape[1])))
+    return x, up, down, jax.random.uniform(k[3], (rows,))
+
+
+def conv_case(config: Config, batch: int, tokens: int) -> Case:
+    """The causal convolution of a Mamba-2 layer, with bias and silu."""
+    channels = config.mamba_heads_per_group * config.mamba_head_dim + 2 * config.ssm_state_size
+    groups, taps = config.n_groups, config.conv_kernel
+
+    def arrays(key):
+        k = jax.random.split(key, 3)
+        shapes = [(batch, tokens, groups, channels), (groups, channels, taps), (groups, channels)]
+        return tuple(_normal(key, *shape) for key, shape in zip(k, shapes, strict=True))
+
+    run = lambda implementation, *a: causal_conv1d(*a, implementation=implementation)
+    elements = batch * tokens * groups * channels
+    return Case(
+        f"convolution {batch} x {tokens:,}", arrays, 3, run, ("xla",), Work(2 * 2 * elements, 2 * taps * elements)
+    )

@@ -1,0 +1,49 @@
+"""Attention of NVIDIA's cuDNN, through JAX: for GPUs before Hopper, and to measure against."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+
+def supports(q, k, start, documents) -> str | None:
+    """Why cuDNN cannot handle these arguments, or None. Whether it is installed shows when it is called."""
+    if start is not None or documents is not None:
+        return "its causal mask knows neither positions nor documents"
+    if q.dtype not in (jnp.bfloat16, jnp.float16) or q.dtype != k.dtype:
+        return f"q is {q.dtype} and k is {k.dtype}; both must be bfloat16 or float16"
+    if q.shape[-1] % 8 or q.shape[-1] > 128:
+        return f"the head dimension is {q.shape[-1]}; it must be a multiple of 8 up to 128"
+    return None
+
+
+def flash_attention(q, k, v, start, documents, key_documents):
+    """See `api.flash_attention`; only where `supports` is None. The log-sum-exp has no gradient here.
+
+    Raises:
+      RuntimeError: cuDNN is not installed.
+    """
+    del start, documents, key_documents
+    out, lse = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn", return_residual=True)
+    return out, _without_gradient(lse)
+
+
+def installed(q, k, v) -> bool:
+    """Whether cuDNN is there and takes these arrays, by a trace."""
+    try:
+        jax.eval_shape(lambda *a: flash_attention(*a, None, None, None), q, k, v)
+    except (RuntimeError, NotImplementedError):
+        return False
+    return True
+
+
+@jax.custom_vjp
+def _without_gradient(lse):
+    return lse
+
+
+def _refuse(_, cotangent):
+    raise NotImplementedError("flash_attention: cuDNN gives no gradient of the log-sum-exp; use 'xla' or 'mosaic_gpu'")
+
+
+_without_gradient.defvjp(lambda lse: (lse, None), _refuse)

@@ -1,0 +1,196 @@
+"""The GPU suite, as far as a CPU can tell: arithmetic, timer, what it makes of wrong numbers and dead processes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import nemojax
+from experiments import rooflines
+from experiments.gpu_suite import __main__ as suite
+from experiments.gpu_suite import cases, operations, report, sections, timing, whole
+from experiments.gpu_suite.cases import Case, Work
+from nemojax.gpu_targets import GPUS
+
+ROOT = Path(__file__).parents[2]
+NANO = nemojax.preset("nano-30b-a3b")
+H100 = Work(GPUS["h100"].bandwidth, sections.PEAK_FLOPS)
+ANY = Work(1e12, 1e15)
+
+
+def run(*arguments, **environment):
+    command = [sys.executable, "-m", "experiments.gpu_suite", *arguments]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"} | environment
+    return subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=400)
+
+
+# ------------------------------------------------------------------------------------------------- arithmetic
+
+
+@pytest.mark.parametrize(
+    "case, microseconds",
+    [
+        (cases.ssd_case(NANO, 1, 8192), 51),
+        (cases.attention_case(NANO, 1, 8192), 556),
+        (cases.experts_case(NANO, 8192), 991),
+        (cases.experts_case(NANO, 64), 712),
+        (cases.token_experts_case(NANO, 1), 36),
+        (cases.ssd_step_case(NANO, 16), 20),
+    ],
+    ids=lambda value: value.name if isinstance(value, Case) else "",
+)
+def test_floors_of_operations(case, microseconds):
+    """Worked out by hand from the shapes: 3.35 TB/s and 989.4 TFLOP/s; the state of the step in float32.
+
+    64 tokens choose 119.6 of 125 experts on average.
+    """
+    floor = max(case.least.nbytes / H100.nbytes, case.least.flops / H100.flops)
+    assert 1e6 * floor == pytest.approx(microseconds, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    "batch, context, gigabytes",
+    [(1, 8192, 6.60), (1, 131072, 7.36), (8, 8192, 23.6), (32, 8192, 54.5), (128, 8192, 81.1)],
+)
+def test_floor_of_decoding(batch, context, gigabytes):
+    assert rooflines.decode_bytes(NANO, context, batch) / 1e9 == pytest.approx(gigabytes, rel=2e-3)
+
+
+# ------------------------------------------------------------------------------------------------------ timer
+
+
+def test_a_product_of_64_times_the_work_takes_longer():
+    def seconds(size):
+        sets = [(jax.random.normal(jax.random.key(i), (size, size)),) for i in range(4)]
+        return timing.device_seconds(lambda a: (a @ a,), sets).seconds
+
+    assert seconds(1024) > 8 * seconds(256) > 0
+
+
+def test_every_call_runs():
+    """Calls on equal inputs are not made one, and none is dropped."""
+    ran = []
+    count = lambda a: jax.pure_callback(lambda a: ran.append(1) or a, a, a)
+    timing.device_seconds(count, [(jnp.ones(3),), (jnp.zeros(3),)], launches=2)
+    assert len(ran) == 2 * (1 + timing.REPEATS * (3 + 1))
+
+
+@pytest.mark.parametrize("nbytes, expected, count", [(10, 1e-5, 16), (1e9, 1e-4, 2), (1e9, 1e-2, 2), (4e9, 1, 1)])
+def test_sets_of_inputs(nbytes, expected, count):
+    """More than the L2, enough work to hide the host, and no more memory than there is."""
+    assert timing.count_of_sets(nbytes, expected) == count
+
+
+# --------------------------------------------------------------------------------------------- what goes wrong
+
+
+def case(kernel, gradient=None):
+    """Twice the input; `mosaic_gpu` does what `kernel` does."""
+    run = lambda implementation, x: (2 * x,) if implementation == "xla" else (kernel(x),)
+    arrays = lambda key: (jax.random.normal(key, (64,)).astype(jnp.bfloat16),)
+    return Case("double", arrays, 1, run, ("mosaic_gpu", "xla"), Work(256, 64), gradient)
+
+
+def wrong_gradient(x):
+    x = jax.custom_vjp(lambda x: 2 * x)
+    x.defvjp(lambda x: (2 * x, None), lambda _, dy: (2.1 * dy,))
+    return x
+
+
+BROKEN = {
+    "too-large": (lambda x: 2.05 * x, None),
+    "nan": (lambda x: x / 0 * 0, None),
+    "gradient": (wrong_gradient(None), 3.0),
+}
+
+
+@pytest.mark.parametrize("kernel, gradient", BROKEN.values(), ids=BROKEN)
+def test_a_wrong_number_is_found(kernel, gradient):
+    xla, fast = operations.check(case(kernel, gradient))
+    assert (xla["implementation"], xla["ok"], fast["ok"]) == ("xla", True, False)
+    (problem,) = report.failures([xla, fast])
+    assert problem.startswith("double, mosaic_gpu: error ")
+
+
+def test_a_right_number_is_right():
+    assert all(row["ok"] for gradient in (None, 3.0) for row in operations.check(case(lambda x: x + x, gradient)))
+
+
+def test_a_kernel_that_does_not_compile_is_said_and_the_rest_goes_on():
+    def broken(x):
+        raise NotImplementedError("no such instruction\nand more")
+
+    for rows in (operations.check(case(broken)), operations.speed(case(broken), ANY)):
+        by_name = {row["implementation"]: row for row in rows}
+        assert by_name["mosaic_gpu"]["failed"] == "NotImplementedError: no such instruction"
+        assert "failed" not in by_name["xla"]
+    assert by_name["xla"]["seconds"] > 0
+
+
+def test_a_section_that_takes_too_long_is_stopped():
+    (*_, row) = suite._in_process("experts", True, 1.0)
+    assert row["case"] == "experts" and row["failed"].startswith("stopped after 1 s")
+
+
+@pytest.mark.parametrize("row, status", [({"failed": "died"}, 1), ({"ok": True, "error": 0.0, "limit": 1.0}, 0)])
+def test_exit_status(row, status, tmp_path, monkeypatch):
+    monkeypatch.setattr(suite, "_in_process", lambda *a: [{"kind": "check", "case": "c", "implementation": "i"} | row])
+    assert suite.main(["--tiny", "--sections", "ssd", "--output", str(tmp_path)]) == status
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_without_a_gpu():
+    done = run()
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "no NVIDIA GPU" in done.stderr
+
+
+def test_an_unknown_section():
+    done = run("--sections", "ssd,attn")
+    assert done.returncode == 2 and "unknown section attn; known: ssd, attention" in done.stderr
+
+
+# -------------------------------------------------------------------------------------------------- whole runs
+
+
+def test_all_of_a_section_and_its_files(tmp_path):
+    done = run("--tiny", "--sections", "experts,torch", "--output", str(tmp_path), "--minutes", "6")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (written,) = tmp_path.glob("*.json")
+    found = json.loads(written.read_text())
+    checks, speeds = sections.operation_cases({"nano": sections.TINY}, 256, 512)["experts"]
+    expected = {("check", c.name) for c in checks} | {("speed", c.name) for c in speeds}
+    assert expected <= {(row["kind"], row["case"]) for row in found["rows"]}
+    assert found["about"]["card"] == "cpu" and found["about"]["date"]
+    text = written.with_suffix(".md").read_text()
+    assert all(c.name in text for c in (*checks, *speeds)) and "torch is not installed" in text
+
+
+def test_the_whole_model():
+    rows = list(whole.rows(sections.TINY, 32, (1, 3), ANY))
+    assert [row["case"] for row in rows[1:]] == [
+        "prefill of 32 tokens",
+        "decode at batch 1, context 32",
+        "decode at batch 3, context 32",
+    ]
+    assert not report.failures(rows)
+    assert all(row["seconds"] > 0 and row["floor_seconds"] > 0 for row in rows[1:])
+
+
+@pytest.mark.parametrize("section", ["ssd", "attention"])
+def test_operations_agree_with_float32(section):
+    for tiny in sections.operation_cases({"nano": sections.TINY}, 256, 512)[section][0]:
+        (row,) = operations.check(tiny._replace(implementations=("xla",)))
+        assert row["ok"] and row["error"] < 0.0078, row
+
+
+def test_it_needs_little():
+    """A GPU machine has jax, flax, orbax, einops and jaxtyping; our other dependencies may be missing."""
+    blocked = ["optax", "tokenizers", "tqdm", "lm_eval", "safetensors", "matplotlib", "beartype", "hypothesis"]
+    code = f"import sys\nfor name in {blocked}: sys.modules[name] = None\nimport experiments.gpu_suite.sections"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
