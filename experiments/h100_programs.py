@@ -62,7 +62,11 @@ def scan(config: Config, tokens: int, batch: int = 1) -> Program:
     """The state-space scan of a Mamba-2 layer."""
     groups, heads = config.n_groups, config.mamba_heads_per_group
     width, state = config.mamba_head_dim, config.ssm_state_size
-    x, keys, vector = _bf16(batch, tokens, groups, heads, width), _bf16(batch, tokens, groups, state), _f32(groups, heads)
+    x, keys, vector = (
+        _bf16(batch, tokens, groups, heads, width),
+        _bf16(batch, tokens, groups, state),
+        _f32(groups, heads),
+    )
     arrays = (x, _bf16(batch, tokens, groups, heads), vector, keys, keys, vector, vector)
     run = lambda *inputs: ssd(*inputs[:-1], initial_state=inputs[-1])
     return Program(run, (*arrays, _f32(batch, groups, heads, width, state)))
