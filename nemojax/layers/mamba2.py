@@ -106,7 +106,8 @@ def _scan(xBC, dt, vectors, state, *, config, **options):
 
     # Without a barrier XLA computes the convolution again in whatever reads a part of its output. A GPU writes each
     # part by itself, as the kernels want it; on CPU the loop reads its group from all of it.
-    split = lambda xBC: tuple(jnp.split(xBC, [-2 * config.ssm_state_size, -config.ssm_state_size], axis=-1))
+    inner = xBC.shape[-1] - 2 * config.ssm_state_size
+    split = lambda xBC: tuple(jnp.split(xBC, [inner, inner + config.ssm_state_size], axis=-1))
     whole = lambda xBC, *rest: scan(jax.lax.optimization_barrier(split(xBC)), *rest)
     if xBC.shape[1] < _LOOP_FROM_TOKENS:
         return whole(xBC, dt, vectors, state)
