@@ -19,6 +19,7 @@ from nemojax.collectives import Collective, collectives
 from nemojax.config import Config
 from nemojax.errors import InputError
 from nemojax.gpu_targets import CompilerMissing, Gpu, abstract_devices, gpu
+from nemojax.kernel_calls import kernel_calls, text_without_code
 from nemojax.sharding import Cut, make_mesh, mesh_sizes, param_shardings
 from nemojax.specs import abstract_params
 
@@ -38,6 +39,7 @@ class Program:
       temp_bytes: what XLA allocates for the time of the call.
       peak_bytes: arguments, temporaries, and the outputs that do not take an argument's place (the cache does).
       collectives: by kind.
+      kernels: calls of each Hopper kernel, by name; one inside a loop counts once.
       seconds: to trace and compile.
     """
 
@@ -47,6 +49,7 @@ class Program:
     temp_bytes: int
     peak_bytes: int
     collectives: tuple[Collective, ...]
+    kernels: dict[str, int]
     seconds: float
 
 
@@ -216,6 +219,7 @@ def _compile(config: Config, mesh: Mesh, params: Any, cache: Any, name: str, tok
     seconds = time.perf_counter() - began
     memory = compiled.memory_analysis()
     new = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    text = text_without_code(compiled)
     return Program(
         name,
         tokens.shape[1],
@@ -223,7 +227,8 @@ def _compile(config: Config, mesh: Mesh, params: Any, cache: Any, name: str, tok
         memory.temp_size_in_bytes,
         # Not `peak_memory_in_bytes`: temporaries are allocated as one block, gaps between live arrays included.
         memory.argument_size_in_bytes + new + memory.temp_size_in_bytes,
-        tuple(collectives(compiled.as_text())),
+        tuple(collectives(text)),
+        kernel_calls(text),
         seconds,
     )
 
@@ -262,6 +267,7 @@ def _program_lines(program: Program, batch: int) -> list[str]:
         _amount("arguments", program.argument_bytes),
         _amount("temporaries", program.temp_bytes),
         _amount("peak", program.peak_bytes),
+        "  " + (", ".join(f"{count} {name}" for name, count in program.kernels.items()) or "no Hopper kernels"),
     ]
     for c in program.collectives:
         loops = f", {c.in_loops} in loops, counted once" if c.in_loops else ""

@@ -6,6 +6,7 @@ import nemojax
 from nemojax import cli, gpu_targets
 from nemojax import plan as planning
 from nemojax.specs import num_bytes
+from pallas_kernels import choice
 
 SMALL = nemojax.Config(
     pattern="ME*-",
@@ -32,6 +33,13 @@ def cache_bytes(context: int, batch: int) -> int:
     """By hand: slots with a document number, convolution and state of the Mamba-2 layer, three numbers a row."""
     mamba = 3 * 2 * (4 * 16 + 2 * 32) * 2 + 8 * 16 * 32 * 4
     return batch * (context * (KEYS_AND_VALUES + 4) + mamba + 3 * 4)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def hopper_by_default():
+    before, choice.HOPPER_BY_DEFAULT = choice.HOPPER_BY_DEFAULT, True
+    yield
+    choice.HOPPER_BY_DEFAULT = before
 
 
 @pytest.fixture
@@ -65,6 +73,12 @@ def test_one_device_sends_nothing(compiled):
         ("prefill piece", 128, ()),
         ("decode step", 1, ()),
     ]
+
+
+def test_kernels_are_counted_and_shown(compiled):
+    experts = {"expert_mlp_to_rows": 1, "expert_mlp_to_tiles": 1}  # heads are too small for the other kernels
+    assert [p.kernels for p in compiled.programs] == [experts, experts]
+    assert compiled.lines().count("  1 expert_mlp_to_rows, 1 expert_mlp_to_tiles") == 2
 
 
 def test_without_a_compiler_there_is_an_estimate(no_compiler):
@@ -153,20 +167,28 @@ def test_mesh_that_is_none(capsys):
     assert "experts_up_proj of shape (128, 1856, 2688) does not divide" in capsys.readouterr().err
 
 
+PREFILL, DECODE = planning.PROGRAMS
 FULL_SIZE = {
-    "nano-1-h100": ("nano-30b-a3b", "h100", None, 8192, 1),
-    "nano-1-h200-1M": ("nano-30b-a3b", "h200", None, 1_048_576, 1),
-    "nano-8-h100": ("nano-30b-a3b", "h100", "expert=8", 131_072, 8),
-    "super-8-h100": ("super-120b-a12b", "h100", "expert=4,tensor=2", 131_072, 4),
-    "ultra-16-h100": ("ultra-550b-a55b", "h100", "expert=2,tensor=8", 8192, 2),
+    "nano-1-h100": ("nano-30b-a3b", "h100", None, 8192, 1, [PREFILL, DECODE]),
+    "nano-1-h200-1M": ("nano-30b-a3b", "h200", None, 1_048_576, 1, [PREFILL]),
+    "nano-8-h100": ("nano-30b-a3b", "h100", "expert=8", 131_072, 8, [PREFILL]),
+    "super-8-h100": ("super-120b-a12b", "h100", "expert=4,tensor=2", 131_072, 4, [PREFILL]),
+    "ultra-16-h100": ("ultra-550b-a55b", "h100", "expert=2,tensor=8", 8192, 2, [PREFILL]),
 }
 # Weights leave Ultra 10 GB on each device, so its prompts come in smaller pieces.
 PIECES = {"ultra-550b-a55b": 2048}
 
 
+def kernels_of_layers(config, program):
+    """Every layer calls its kernels, once; one token through a Mamba-2 layer is plain JAX."""
+    by_kind = {"M": ["ssd_piece_states", "ssd_scan"] if program == PREFILL else [], "*": ["attention_forward"]}
+    by_kind["E"] = ["expert_mlp_to_rows", "expert_mlp_to_tiles"]
+    return {name: config.pattern.count(kind) for kind, names in by_kind.items() for name in names}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name, device, mesh, context, batch", FULL_SIZE.values(), ids=FULL_SIZE)
-def test_full_size(name, device, mesh, context, batch):
+@pytest.mark.parametrize("name, device, mesh, context, batch, programs", FULL_SIZE.values(), ids=FULL_SIZE)
+def test_full_size(name, device, mesh, context, batch, programs):
     """Peak: what lies there, and temporaries of a few layers of one piece, however long the context."""
     pytest.importorskip("jax_cuda13_plugin")
     config = nemojax.preset(name)
@@ -177,11 +199,13 @@ def test_full_size(name, device, mesh, context, batch):
         device=device,
         mesh=mesh,
         piece=PIECES.get(name, 8192),
-        programs=["prefill piece"],
+        programs=programs,
     )
-    (prefill,) = done.programs
     print("\n".join(done.lines()))
     assert done.fits
+    for program in done.programs:
+        assert program.kernels == kernels_of_layers(config, program.name)
+    prefill = done.programs[0]
     assert prefill.peak_bytes < done.weight_bytes + done.cache_bytes + 1.5 * done.estimated_temp_bytes
     # A projection split at the wrong places would be sent around: nothing is but what the layers ask for.
     kinds = sent(prefill)

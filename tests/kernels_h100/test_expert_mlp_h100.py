@@ -3,11 +3,9 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from compiler import SHARED_MEMORY_LIMIT, compile_for_h100, needs_compiler
 
+from experiments.h100_compiler import SHARED_MEMORY_LIMIT, compile_for_h100
 from pallas_kernels.expert_mlp import expert_mlp, mosaic_gpu, token_mlp
-
-pytestmark = needs_compiler
 
 # tokens * experts a token, experts, width, features
 SHAPES = {

@@ -3,11 +3,10 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from compiler import SHARED_MEMORY_LIMIT, compile_for_h100, needs_compiler
 
+from experiments.h100_compiler import SHARED_MEMORY_LIMIT, compile_for_h100
 from pallas_kernels.flash_attention import flash_attention
 
-pytestmark = needs_compiler
 HEADS = {"nano": (32, 2), "ultra": (64, 2), "nano-4b": (40, 8)}
 
 

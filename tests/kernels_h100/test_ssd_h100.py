@@ -5,11 +5,9 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
-from compiler import SHARED_MEMORY_LIMIT, compile_for_h100, needs_compiler
 
+from experiments.h100_compiler import SHARED_MEMORY_LIMIT, compile_for_h100
 from pallas_kernels.ssd import ssd
-
-pytestmark = needs_compiler
 
 MODELS = {
     "nano": dict(heads=64),

@@ -1,0 +1,116 @@
+"""Compiles for an H100 that is not there, and reads what the compiler says of the kernels.
+
+XLA's whole GPU compiler and ptxas run; only the device is a description. Nothing is run, so nothing is timed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from nemojax.gpu_targets import abstract_devices, gpu
+from nemojax.kernel_calls import kernel_calls, text_without_code
+
+SHARED_MEMORY_LIMIT = 232_448  # bytes of one thread block
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One Mosaic GPU kernel.
+
+    Attributes:
+      registers: of a thread. spill_bytes: stores and loads of registers that did not suffice.
+      shared_memory: bytes of a thread block, barriers included.
+      wgmma, tma: instructions in the kernel's text. thread_blocks: of a launch.
+    """
+
+    name: str
+    registers: int
+    spill_bytes: int
+    shared_memory: int
+    wgmma: int
+    tma: int
+    thread_blocks: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """One compiled program.
+
+    Attributes:
+      kernels: Mosaic GPU kernels, each once however often it is called, in the order of their names.
+      calls: how often each of them is called, by name.
+      temporary_bytes: what XLA allocates for the time of a call.
+      seconds: to trace and compile. hlo: the optimised program.
+    """
+
+    kernels: tuple[Kernel, ...]
+    calls: dict[str, int]
+    temporary_bytes: int
+    seconds: float
+    hlo: str
+
+
+def compile_for_h100(function: Callable, *arguments: Any, donate: Sequence[int] = ()) -> Report:
+    """Compiles `function` of trees of `ShapeDtypeStruct` for one abstract H100; raises what the compiler raises.
+
+    donate: arguments that the program may overwrite.
+    """
+    mesh = Mesh(np.array(abstract_devices(gpu("h100"), 1)), ("device",))
+    place = NamedSharding(mesh, PartitionSpec())
+    arguments = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), arguments)
+    step = jax.jit(lambda *a: function(*a), donate_argnums=donate)
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, _dump_to(folder)), jax.set_mesh(mesh):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of the compiler's own Python
+            compiled = step.trace(*arguments).lower(lowering_platforms=("cuda",)).compile()
+        seconds = time.perf_counter() - began
+        kernels = tuple(_kernel(path) for path in sorted(Path(folder).glob("*.ptx")))
+    hlo = text_without_code(compiled)
+    return Report(kernels, kernel_calls(hlo), compiled.memory_analysis().temp_size_in_bytes, seconds, hlo)
+
+
+def _dump_to(folder):
+    return {"MOSAIC_GPU_DUMP_TO": folder, "MOSAIC_GPU_DUMP_PTX": "1"}
+
+
+def _kernel(path):
+    """What Mosaic's dump says: NAME_NUMBER.ptx, and beside it ptxas' log and the kernel after each pass."""
+    source, log = path.read_text(), path.with_suffix(".ptxas").read_text()
+    assert "serialized" not in log, f"{path.stem}: ptxas serialises wgmma: {log}"
+    launch = _launch(path.with_suffix(".mlir-passes.log"))
+    number = lambda pattern: sum(int(n) for n in re.findall(pattern, log))
+    (registers,) = re.findall(r"Used (\d+) registers", log)
+    return Kernel(
+        name=re.sub(r"_\d+$", "", path.stem),
+        registers=int(registers),
+        spill_bytes=number(r"(\d+) bytes spill"),
+        shared_memory=int(launch["shared"]) + number(r"(\d+) bytes smem"),
+        wgmma=source.count("wgmma.mma_async"),
+        tma=source.count("cp.async.bulk.tensor"),
+        thread_blocks=int(launch["x"]) * int(launch["y"]) * int(launch["z"]),
+    )
+
+
+_LAUNCH = re.compile(
+    r"gpu\.launch_func .*? blocks in \(%c(?P<x>\d+)\w*, %c(?P<y>\d+)\w*, %c(?P<z>\d+)\w*\)"
+    r".*? dynamic_shared_memory_size %c(?P<shared>\d+)\w* "
+)
+
+
+def _launch(path):
+    with path.open() as lines:  # the log is large: tens of MB
+        return next(found for line in lines if "gpu.launch_func" in line and (found := _LAUNCH.search(line)))
