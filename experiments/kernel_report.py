@@ -23,7 +23,6 @@ from experiments.h100_programs import Program
 from experiments.rooflines import Work
 from nemojax import plan as planning
 from nemojax.presets import preset
-from pallas_kernels import choice
 
 NANO, SUPER, ULTRA = map(preset, ("nano-30b-a3b", "super-120b-a12b", "ultra-550b-a55b"))
 TOKENS, TRAINED = 8192, 4096
@@ -152,7 +151,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     if unknown := set(chosen) - set(PARTS):
         parser.error(f"unknown part {', '.join(sorted(unknown))}; known: {', '.join(PARTS)}")
     jax.config.update("jax_platforms", "cpu")
-    choice.HOPPER_BY_DEFAULT = True
     show = functools.partial(print, flush=True)
     show(f"jax {jax.__version__}; compiled for one abstract H100, nothing was run, nothing is timed")
     for name in chosen:

@@ -29,19 +29,30 @@ def weight_bytes(config: Config, tokens: int) -> float:
     everything = active_params(config)
     if "E" not in config.pattern:
         return everything * item
-    experts, chosen = config.n_routed_experts, config.num_experts_per_tok
-    one = 2 * config.moe_intermediate_size * config.expert_width
-    touched = experts * (1 - (1 - chosen / experts) ** tokens)
-    return (everything + config.pattern.count("E") * (touched - chosen) * one) * item
+    more = _touched(config, tokens) - config.num_experts_per_tok
+    return (everything + config.pattern.count("E") * more * _expert(config)) * item
+
+
+def _expert(config: Config) -> int:
+    """Weights of one expert."""
+    return 2 * config.moe_intermediate_size * config.expert_width
+
+
+def _touched(config: Config, tokens: int) -> float:
+    """Experts that at least one token chooses, when they choose at random."""
+    return config.n_routed_experts * (1 - (1 - config.num_experts_per_tok / config.n_routed_experts) ** tokens)
+
+
+def _state_bytes(config: Config, context: int) -> float:
+    """Of one row: the recurrent state in and out, keys and values in."""
+    state = 2 * 4 * config.mamba_inner * config.ssm_state_size
+    keys = 2 * config.np_dtype.itemsize * config.num_key_value_heads * config.head_dim * context
+    return config.pattern.count("M") * state + config.pattern.count("*") * keys
 
 
 def decode_bytes(config: Config, context: int, batch: int = 1) -> float:
     """Bytes read and written for one token of each row: weights, recurrent state, keys and values."""
-    item = config.np_dtype.itemsize
-    mamba, attention = config.pattern.count("M"), config.pattern.count("*")
-    state = 2 * 4 * config.mamba_inner * config.ssm_state_size
-    keys = 2 * item * config.num_key_value_heads * config.head_dim * context
-    return weight_bytes(config, batch) + batch * (mamba * state + attention * keys)
+    return weight_bytes(config, batch) + batch * _state_bytes(config, context)
 
 
 def prefill_flops(config: Config, tokens: int) -> int:
@@ -90,32 +101,19 @@ def attention_work(config: Config, queries: int, slots: int) -> Work:
 
 def experts_work(config: Config, tokens: int) -> Work:
     """The routed experts of one layer: rows in, float32 rows out, the weights of the experts that are chosen."""
-    rows, weights = tokens * config.num_experts_per_tok, 2 * config.moe_intermediate_size * config.expert_width
-    chosen = config.n_routed_experts * _chosen(config, tokens)
-    return Work(2 * rows * weights, 2 * chosen * weights + (2 + 4) * rows * config.expert_width)
+    rows = tokens * config.num_experts_per_tok
+    nbytes = 2 * _touched(config, tokens) * _expert(config) + (2 + 4) * rows * config.expert_width
+    return Work(2 * rows * _expert(config), nbytes)
 
 
-def _chosen(config: Config, tokens: int) -> float:
-    """The share of the experts that at least one token chooses, when routing is even."""
-    return 1 - (1 - config.num_experts_per_tok / config.n_routed_experts) ** tokens
+def forward_work(config: Config, tokens: int, context: int, batch: int = 1, *, head: bool = True) -> Work:
+    """A call of `tokens` tokens in each row on a cache of `context` slots; activations are taken to stay on the chip.
 
-
-def forward_work(config: Config, tokens: int, slots: int, batch: int = 1, *, head: bool = True) -> Work:
-    """A call of `tokens` tokens in each row on a cache of `slots`; activations are taken to stay on the chip.
-
-    head: norm and logits of the last token too.
+    head: logits of the last token too.
     """
-    flops, nbytes, item = 0.0, 0.0, config.np_dtype.itemsize
-    for name, spec in flatten(model_specs(config)):
-        if not name.startswith("layers_") and not (head and name == "lm_head"):
-            continue
-        share, chosen = 1.0, 1.0
-        if "experts_" in name:
-            share, chosen = config.num_experts_per_tok / config.n_routed_experts, _chosen(config, batch * tokens)
-        flops += 2 * batch * (1 if name == "lm_head" else tokens) * spec.size * share
-        nbytes += item * spec.size * chosen
-    scan, scores = scan_work(config, tokens), attention_work(config, tokens, slots)
-    state = 2 * 4 * config.mamba_inner * config.ssm_state_size
-    keys = 2 * item * config.num_key_value_heads * config.head_dim * slots
-    mamba, attention = batch * config.pattern.count("M"), batch * config.pattern.count("*")
-    return Work(flops + mamba * scan.flops + attention * scores.flops, nbytes + mamba * state + attention * keys)
+    table, rows = config.vocab_size * config.hidden_size, batch * tokens
+    flops = 2 * (rows * (active_params(config) - table) + head * batch * table)
+    flops += batch * config.pattern.count("M") * scan_work(config, tokens).flops
+    flops += batch * config.pattern.count("*") * attention_work(config, tokens, context).flops
+    nbytes = weight_bytes(config, rows) - (not head) * config.np_dtype.itemsize * table
+    return Work(flops, nbytes + batch * _state_bytes(config, context))

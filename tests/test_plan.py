@@ -6,7 +6,6 @@ import nemojax
 from nemojax import cli, gpu_targets
 from nemojax import plan as planning
 from nemojax.specs import num_bytes
-from pallas_kernels import choice
 
 SMALL = nemojax.Config(
     pattern="ME*-",
@@ -33,13 +32,6 @@ def cache_bytes(context: int, batch: int) -> int:
     """By hand: slots with a document number, convolution and state of the Mamba-2 layer, three numbers a row."""
     mamba = 3 * 2 * (4 * 16 + 2 * 32) * 2 + 8 * 16 * 32 * 4
     return batch * (context * (KEYS_AND_VALUES + 4) + mamba + 3 * 4)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def hopper_by_default():
-    before, choice.HOPPER_BY_DEFAULT = choice.HOPPER_BY_DEFAULT, True
-    yield
-    choice.HOPPER_BY_DEFAULT = before
 
 
 @pytest.fixture
