@@ -5,7 +5,8 @@ reset its state inside a row either: packed documents run there as rows of their
 
 Measured over the four cases and seeds 0 to 4: the loss, which falls from about 7 to 3, differs by at most 8.5e-5 in any
 step, and by at most 1.4e-6 in half of the runs; the gradient's norm by at most 1.8e-3 of itself; a weight by at most
-1.4e-3 of the largest move in its tensor. With seed 4, used here: 1.4e-6, 2.1e-6 and 1.2e-4.
+1.4e-3 of the largest move in its tensor. With seed 4, used here: 1.4e-6, 2.1e-6 and 3.6e-5 for all weights but one in a
+thousand, of which the worst differs by 1.2e-4 or 1.7e-3, as the processor rounds.
 """
 
 from __future__ import annotations
@@ -33,7 +34,10 @@ from experiments.packing import Batch, pack
 from experiments.settings import Settings
 
 SEED = 4
-LOSS_BOUND, NORM_BOUND, WEIGHTS_BOUND = 1e-4, 1e-4, 1e-3
+LOSS_BOUND, NORM_BOUND, WEIGHTS_BOUND = 1e-4, 1e-4, 1e-4
+# Adam divides a gradient by its own size. Of a squared ReLU's unit that hardly opens it is as small as Adam's epsilon,
+# and what rounding leaves of it, which differs between processors, decides how far the few weights there move.
+FEW, FEW_BOUND = 1e-3, 1e-2
 # The two sides drift apart by rounding; where two experts tie to within that, they may rightly differ.
 MARGIN = 2e-5
 
@@ -163,5 +167,6 @@ def test_training_curve(case, lengths):
     biases = {name for name in start if name.endswith("e_score_correction_bias")}
     assert all(np.array_equal(found.weights[name], start[name]) for name in biases)
     moved = {name: (found.weights[name] - start[name], expected.weights[name] - start[name]) for name in start}
-    worst = {name: oracle.distance(*moved[name]) for name in moved.keys() - biases}
-    assert max(worst.values()) < WEIGHTS_BOUND, worst
+    apart = {name: np.abs(a - b).ravel() / np.abs(b).max() for name, (a, b) in moved.items() if name not in biases}
+    assert np.quantile(np.concatenate(list(apart.values())), 1 - FEW) < WEIGHTS_BOUND
+    assert max(v.max() for v in apart.values()) < FEW_BOUND, {name: v.max() for name, v in apart.items()}
