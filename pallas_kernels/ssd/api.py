@@ -73,15 +73,24 @@ def ssd(
         initial_document = jnp.zeros((batch,), documents.dtype)
     reason = mosaic_gpu.supports(x, B, C)
     run = choose("ssd", IMPLEMENTATIONS, implementation, {"mosaic_gpu": reason})
+    state = (initial_state.astype(jnp.float32), documents, initial_document)
     if implementation is None and on_hopper("ssd", reason):
-        run = functools.partial(_kernels_on_cuda, run)
-    inputs = (x, dt, A, B, C, D, dt_bias)
-    return run(*inputs, dt_limit, initial_state.astype(jnp.float32), documents, initial_document, chunk_size)
+        return _by_platform(dt_limit, chunk_size, x, dt, A, B, C, D, dt_bias, *state)
+    return run(x, dt, A, B, C, D, dt_bias, dt_limit, *state, chunk_size)
 
 
-def _kernels_on_cuda(default, *arguments):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _by_platform(dt_limit, chunk_size, *inputs):
     """The kernels where the program is compiled for CUDA; the platform is not known before."""
-    *inputs, dt_limit, initial_state, documents, initial_document, chunk_size = arguments
-    on = lambda run: lambda inputs, *rest: run(*inputs, dt_limit, *rest, chunk_size)
-    rest = (initial_state, documents, initial_document)
-    return jax.lax.platform_dependent(inputs, *rest, cuda=on(mosaic_gpu.ssd), default=on(default))
+    on = lambda run: lambda *inputs: run(*inputs[:7], dt_limit, *inputs[7:], chunk_size)
+    return jax.lax.platform_dependent(*inputs, cuda=on(mosaic_gpu.ssd), default=on(xla.ssd))
+
+
+def _backward(dt_limit, chunk_size, inputs, cotangents):
+    # One rule for both: a conditional that is differentiated saves what each of its branches needs.
+    kernels = functools.partial(mosaic_gpu.backward, dt_limit, False)
+    plain = functools.partial(xla.backward, dt_limit, chunk_size)
+    return *jax.lax.platform_dependent(inputs, cotangents, cuda=kernels, default=plain), None, None
+
+
+_by_platform.defvjp(lambda *arguments: (_by_platform(*arguments), arguments[2:]), _backward)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 CHUNK = 64  # tokens: the fewest products a token (the state costs 2 P N whatever the chunk, the links 2 (N + P) chunk)
 ROWS = 64  # rows of a state that one warpgroup holds: the height of a wgmma
 MULTIPROCESSORS = 132
 # Registers a thread of the linking warpgroup and of the two that hold states: 152 + 2 * 176 = 3 * 168.
 REGISTERS = (152, 176)
+# The same of the loading warpgroup and of the two others in the gradient of a chunk.
+GRADIENT_REGISTERS = (24, 240)
 _SHORTEST_PIECE = 4  # chunks; a piece costs the reading and writing of a state, as much as 2 to 3 chunks of inputs
 _FIRST_PASS = 0.5  # time of a chunk in the first pass, in chunks of the second
 
@@ -48,6 +50,17 @@ def plan(batch: int, length: int, heads: int, share: int, width: int, state: int
     thread_blocks = batch * heads // lane_heads * blocks // lane_blocks
     slots = min(chunks, 2 if wide else 3)
     return Plan(chunks, _piece(chunks, thread_blocks), slots, lane_heads, lane_blocks, interpret)
+
+
+def plan_of(x: Any, B: Any, *, interpret: bool) -> Plan:
+    """The plan for a scan of x [B, T, K, P] and B [B, T, G, N]."""
+    (batch, length, heads, width), (groups, state) = x.shape, B.shape[2:]
+    return plan(batch, length, heads, heads // groups, width, state, interpret=interpret)
+
+
+def gradient_slots(state: int) -> int:
+    """Units in flight in the gradient of a chunk; 2 fill the shared memory for a state of 256."""
+    return 2 if state > 128 else 3
 
 
 def _piece(chunks: int, thread_blocks: int) -> int:

@@ -7,46 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from kernel_cases import documents, fill_pads, random
+from ssd_cases import DOCUMENTS, NO_LIMIT, arguments, short_pieces, without_races  # noqa: F401
 
 from pallas_kernels import choice
 from pallas_kernels.ssd import mosaic_gpu, reference, ssd, tuning
 
-plgpu = pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
-if not hasattr(plgpu, "InterpretGPUParams"):
-    pytest.skip("the GPU interpreter needs jax 0.11 or later", allow_module_level=True)
-
-from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreter  # noqa: E402
-
-NO_LIMIT = (0.0, np.inf)
 # bfloat16 inputs are exact on both sides; the kernels round links, states and weighted inputs to 8 bits on their way
 # into a product, the result once more.
 RELATIVE = 1e-2
-
-
-@pytest.fixture
-def short_pieces(monkeypatch):
-    """Pieces of one or two chunks, so that a short sequence takes both kernels."""
-    monkeypatch.setattr(tuning, "_piece", half)
-
-
-def half(chunks, thread_blocks):
-    del thread_blocks
-    return -(-chunks // 2)
-
-
-def arguments(length, batch=1, groups=1, heads=2, width=64, state=64):
-    rng = np.random.default_rng(0)
-    low = lambda *args: jnp.asarray(random(*args), jnp.bfloat16)
-    return dict(
-        x=low(1, batch, length, groups, heads, width),
-        dt=low(2, batch, length, groups, heads),
-        A=-rng.uniform(0.5, 16, (groups, heads)).astype(np.float32),
-        B=low(3, batch, length, groups, state) / 8,
-        C=low(4, batch, length, groups, state),
-        D=random(5, groups, heads),
-        dt_bias=random(6, groups, heads) - 3,
-        initial_state=random(7, batch, groups, heads, width, state),
-    )
 
 
 @functools.cache
@@ -66,13 +34,8 @@ def expected(values, docs=None, owner=None, limit=NO_LIMIT):
 
 
 def kernels(values, docs=None, owner=None, limit=NO_LIMIT):
-    """The kernels in the interpreter, which must find no race."""
     run = compiled(mosaic_gpu.ssd, limit, tuning._piece, (("interpret", True),))
-    result = jax.block_until_ready(run(values, docs, owner))
-    found = interpreter.get_races().races_found
-    interpreter.reset_gpu_interpret_mode_state()
-    assert not found
-    return result
+    return without_races(run, values, docs, owner)
 
 
 def check(values, docs=None, owner=None, limit=NO_LIMIT, relative=RELATIVE):
@@ -115,18 +78,6 @@ def test_shapes(shape):
     check(arguments(100, **shape))
 
 
-row_of = lambda *runs: "".join(run[0] * int(run[1:]) for run in runs)
-DOCUMENTS = {
-    "reset-in-mid-chunk": (row_of("b40", "c90"), 2),
-    "reset-at-a-chunk-edge": (row_of("b64", "c66"), 2),
-    "resets-in-a-row": (row_of("b70", "c1", "d1", "e58"), 2),
-    "state-of-another-document": (row_of("c130"), 2),
-    "pads-left": (row_of(".70", "b60"), 2),
-    "pads-right": (row_of("b60", ".70"), 2),
-    "pads-between": (row_of("b30", ".50", "b10", "c20", ".10", "d10"), 2),
-}
-
-
 @pytest.mark.usefixtures("short_pieces")
 @pytest.mark.parametrize("row, owner", DOCUMENTS.values(), ids=DOCUMENTS)
 def test_documents_and_pads(row, owner):
@@ -152,26 +103,6 @@ def test_extreme_steps():
 
 def test_dt_limit():
     check(arguments(70), limit=(0.1, 0.5))
-
-
-@pytest.mark.usefixtures("short_pieces")
-def test_gradient():
-    values = {k: jnp.asarray(v) for k, v in arguments(70).items()}
-    docs, owner = documents("a" * 30 + "." * 5 + "b" * 35), np.array([1], np.int32)
-
-    def loss(run):
-        def of(values):
-            y, state = run(values, docs, owner)
-            y = jnp.where((docs > 0)[..., None, None, None], y, 0).astype(jnp.float32)
-            return jnp.vdot(y, random(8, *y.shape)) + jnp.vdot(state, random(9, *state.shape))
-
-        return of
-
-    actual = jax.jit(jax.grad(loss(compiled(mosaic_gpu.ssd, NO_LIMIT, half, (("interpret", True),)))))(values)
-    wanted = jax.jit(jax.grad(loss(expected)))(values)
-    for name, w in wanted.items():
-        a, w = (np.asarray(v, np.float32) for v in (actual[name], w))
-        np.testing.assert_allclose(a, w, rtol=0, atol=2e-2 * np.abs(w).max(), err_msg=name)
 
 
 REFUSED = {

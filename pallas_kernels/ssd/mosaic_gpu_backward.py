@@ -1,0 +1,335 @@
+"""The gradient of the Mamba-2 scan as Hopper kernels (Pallas, Mosaic GPU).
+
+In the notation of `mosaic_gpu.py`, with S the state before a chunk and G the gradient of the state behind it:
+         dS    = exp(a_end) G + (dy^T exp(a)) C                       the G of the chunk before
+         E     = (dy x^T) exp(a_l - a_s) dt_s for s <= l              dy x^T is the gradient of the links
+         dx    = links^T dy + w (B G^T)                               w_s = exp(a_end - a_s) dt_s
+         dB    = E^T C + w (x G)      dC = E B + exp(a) (dy S)        summed over the heads of a group
+  1. S walks forward and G walks backward through the same two kernels (`mosaic_parts.piece_states`, `chunk_states`),
+     which leave both for every chunk, bfloat16.
+  2. `_chunk_gradients` does the rest. Its chunks are independent, so a thread block takes one chunk of one group and
+     sums dB and dC over the heads in registers: in a walk with G in registers a multiprocessor has room for two heads,
+     and the gradients of the other heads of the group would go through memory, as many bytes as the states here.
+     One warpgroup loads (TMA); one has output tokens l as rows and makes dC, one has input tokens s and makes dB and
+     dx. Both compute links and E for themselves, each as it needs them as a left operand in registers.
+
+Log decays. A chunk's a_l occurs in what state and earlier tokens bring to token l, in what token l brings to later ones
+and to the state behind the chunk, and in the decay of the whole state. `_token_gradients` sums these inside the chunk,
+in float32. (The sum over the whole sequence of dy.y - dt x.GB is the same in exact arithmetic, needs no S.G, and has an
+error that grows with the length.)
+
+Roofline, Nano (64 heads x 64 in 8 groups, state 128), 8,192 tokens on an H100: x, dy, B, C in and dx, dB, dC out are
+33 KB a token. The states of every chunk are 16.4 KB a token, written and read, twice: 66 KB. The walks read x or dy and
+B or C twice (four pieces): 37 KB. Sums: 3 KB. In all 1.1 GB, 340 us. Products: 7.5 MFLOP a token and 3.7 of the walks:
+92 GFLOP, 93 us.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.ssd import mosaic_parts as parts
+from pallas_kernels.ssd import tuning
+from pallas_kernels.ssd.mosaic_parts import PER_COLUMN, PER_ROW, WGMMA
+from pallas_kernels.ssd.tuning import CHUNK, ROWS
+
+_LN2 = math.log(2)
+
+
+def gradients(dt_limit, interpret, inputs, cotangents):
+    """See `mosaic_gpu.backward`."""
+    *inputs, documents, initial_document = inputs
+    dy, d_state = cotangents
+    prepare = lambda *inputs: parts.prepare(*inputs, documents, initial_document, dt_limit)
+    prepared, pull = jax.vjp(prepare, *inputs)
+    if documents is not None:
+        dy = jnp.where((documents > 0)[..., None, None, None], dy, 0)
+    dy = rearrange(parts.pad_rows(dy, axis=4), "b t g h p -> b t (g h) p")
+    d_state = rearrange(parts.pad_rows(d_state, axis=3), "b g h p n -> b (g h) p n")
+    return pull(_run(tuning.plan_of(prepared.x, prepared.B, interpret=interpret), prepared, dy, d_state))
+
+
+@functools.partial(jax.jit, static_argnums=0)  # equal layers are traced once
+def _run(plan, inputs, dy, d_state):
+    """The gradients of `inputs`, in a tuple like it."""
+    x, B, C, log_decay, dt, skip, state = inputs
+    vectors, ends = parts.chunk_vectors(plan.chunks, log_decay, dt)
+    before = parts.states_before_pieces(plan, x, B, vectors, ends, state)
+    states, _ = parts.chunk_states(plan, x, B, vectors, before)
+    behind = parts.states_before_pieces(plan, dy, C, vectors, ends, d_state, reverse=True)
+    d_states, d_state = parts.chunk_states(plan, dy, C, vectors, behind, reverse=True)
+    dx, dB, dC, sums = _chunk_gradients(plan, (x, dy, B, C, states, d_states, vectors), skip)
+    d_log_decay, d_dt, d_skip = _token_gradients(sums, ends, dt)
+    length = x.shape[1]
+    return parts.Inputs(dx, dB[:, :length], dC[:, :length], d_log_decay, d_dt, d_skip, d_state)
+
+
+class _Sums(NamedTuple):
+    """Sums over the pairs of a token, float32, each [64] in the kernel. `weight` is the product of a link's factors
+    without dt_s: (C_l . B_s) (dy_l . x_s) exp(a_l - a_s).
+
+    Attributes:
+      arrived: for token l, the weights times dt_s of links from earlier tokens, and dy_l . (what the state adds to y_l)
+      own: the weight of the link to itself. skip: dy_l . x_l.
+      linked: for token s, the weights of links to later tokens. left: x_s . G B_s exp(a_end - a_s).
+      kept: for row p of the state, S_p . G_p.
+    """
+
+    arrived: Any
+    own: Any
+    skip: Any
+    linked: Any
+    left: Any
+    kept: Any
+
+
+def _token_gradients(sums, ends, dt):
+    """Gradients of log decay and dt, [B, T, K], and of skip, [K].
+
+    Args:
+      sums: [B, K, row blocks, 6, T rounded up]. ends: log decay over each chunk, [B, c, K].
+    """
+    length = dt.shape[1]
+    sums = _Sums(*rearrange(sums.sum(axis=2), "b k v (c l) -> v b c l k", l=CHUNK))
+    step = jnp.pad(dt, [(0, 0), (0, -length % CHUNK), (0, 0)])
+    step = rearrange(step, "b (c l) k -> b c l k", l=CHUNK)
+    left = step * sums.left
+    later = jnp.flip(parts.running_sum(jnp.flip(sums.arrived - step * sums.linked, axis=2), axis=2), axis=2)
+    kept = jnp.exp2(ends)[:, :, None] * sums.kept.sum(axis=2, keepdims=True)
+    log_decay = _LN2 * (later + (parts.running_sum(left, axis=2) - left) + kept)
+    tokens = lambda a: rearrange(a, "b c l k -> b (c l) k")[:, :length]
+    return tokens(log_decay), tokens(sums.linked + sums.own + sums.left), sums.skip.sum(axis=(0, 1, 2))
+
+
+# Device side. A unit is one row block of one head; its chunk occupies a slot.
+
+
+class _Scratch(NamedTuple):
+    """Shared memory. `d_state` also takes dx on its way out, when its unit is done."""
+
+    B: Any
+    C: Any
+    x: Any
+    dy: Any
+    state: Any
+    d_state: Any
+    vectors: Any
+    shared_loaded: Any
+    loaded: Any
+    consumed: Any
+    spare: Any
+
+
+def _chunk_gradients(plan, inputs, skip):
+    """dx like x; dB and dC like B, in whole chunks; sums as `_token_gradients` takes them."""
+    x, _, B = inputs[:3]
+    (batch, _, heads, width), (groups, state_size) = x.shape, B.shape[2:]
+    blocks, padded = width // ROWS, plan.chunks * CHUNK
+    units = heads // groups * blocks
+    slabs, slots = state_size // ROWS, min(units, tuning.gradient_slots(state_size))
+    scratch = _Scratch(
+        B=parts.matrices(CHUNK, state_size),
+        C=parts.matrices(CHUNK, state_size),
+        x=parts.matrices(slots, CHUNK, ROWS),
+        dy=parts.matrices(slots, CHUNK, ROWS),
+        state=parts.matrices(slots, slabs, ROWS, ROWS),
+        d_state=parts.matrices(slots, slabs, ROWS, ROWS),
+        vectors=parts.floats(slots, 3, CHUNK),
+        shared_loaded=plgpu.Barrier(num_arrivals=2),
+        loaded=plgpu.Barrier(num_arrivals=3 + 2 * slabs, num_barriers=slots),
+        consumed=plgpu.Barrier(num_arrivals=2, num_barriers=slots),
+        spare=parts.spare_tiles(2, plan.interpret),
+    )
+
+    def body(*refs):
+        inputs, skip, outputs, s = refs[:7], refs[7], refs[8:12], _Scratch(*refs[12:])
+        place, thread = _Place(units, blocks, slots), lax.axis_index("thread")
+        pl.when(thread == 0)(lambda: _load(place, inputs, s))
+        pl.when(thread == 1)(lambda: _from_outputs(place, outputs, s))
+        pl.when(thread == 2)(lambda: _from_inputs(place, skip, outputs, s))
+
+    keys = jax.ShapeDtypeStruct((batch, padded, groups, state_size), B.dtype)
+    sums = jax.ShapeDtypeStruct((batch, heads, blocks, len(_Sums._fields), padded), jnp.float32)
+    out_type = (jax.ShapeDtypeStruct(x.shape, x.dtype), keys, keys, sums)
+    grid = dict(batch=batch, group=groups, chunk=plan.chunks)
+    run = parts.launch(body, "ssd_chunk_gradients", grid, 3, out_type, scratch, plan.interpret)
+    return run(*inputs, skip)
+
+
+class _Place:
+    """Which part of the work a thread block has: one chunk of the heads of a group."""
+
+    def __init__(self, units, blocks, slots):
+        self.units, self.slots, self._blocks = units, slots, blocks
+        self.batch, self.group, self.chunk = (lax.axis_index(name) for name in ("batch", "group", "chunk"))
+        self.tokens = pl.ds(self.chunk * CHUNK, CHUNK)
+
+    def head(self, unit):
+        """The head of a unit, and the number of its row block."""
+        index = self.group * self.units + unit
+        return lax.div(index, self._blocks), lax.rem(index, self._blocks)
+
+    def rows(self, block):
+        return pl.ds(block * ROWS, ROWS)
+
+
+def _load(place, inputs, s):
+    """The first warpgroup: keeps the slots filled."""
+    plgpu.set_max_registers(tuning.GRADIENT_REGISTERS[0], action="decrease")
+    x, dy, B, C, state, d_state, vectors = inputs
+    for source, target in ((B, s.B), (C, s.C)):
+        plgpu.copy_gmem_to_smem(source.at[place.batch, place.tokens, place.group], target, s.shared_loaded)
+
+    @pl.loop(0, place.units)
+    def _(unit):
+        slot = lax.rem(unit, place.slots)
+        pl.when(unit >= place.slots)(lambda: plgpu.barrier_wait(s.consumed.at[slot]))
+        copy = lambda source, target: plgpu.copy_gmem_to_smem(source, target, s.loaded.at[slot])
+        head, block = place.head(unit)
+        rows = place.rows(block)
+        for source, target in ((x, s.x), (dy, s.dy)):
+            copy(source.at[place.batch, place.tokens, head, rows], target.at[slot])
+        for source, target in ((state, s.state), (d_state, s.d_state)):
+            for i, slab in enumerate(parts.slabs_of(B.shape[-1])):
+                copy(source.at[place.batch, head, place.chunk, rows, slab], target.at[slot, i])
+        copy(vectors.at[place.batch, head, :, place.tokens], s.vectors.at[slot])
+
+    @pl.loop(jnp.maximum(0, place.units - place.slots), place.units)
+    def _(unit):
+        plgpu.barrier_wait(s.consumed.at[lax.rem(unit, place.slots)])
+
+
+def _square(a, b):
+    """a b^T of two matrices in shared memory."""
+    return parts.product((CHUNK, CHUNK), (a, b.transpose((1, 0))))
+
+
+def _indices():
+    return (plgpu.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), i, layout=WGMMA) for i in (0, 1))
+
+
+def _decays(rows, columns):
+    """exp(a_row - a_column)."""
+    (row_coarse, row_fine, _), (column_coarse, column_fine, _) = rows, columns
+    across, down = parts.across, parts.down
+    return jnp.exp2((across(row_coarse) - down(column_coarse)) + (across(row_fine) - down(column_fine)))
+
+
+def _store(ref, tokens, sums):
+    for name, value in sums.items():
+        ref.at[_Sums._fields.index(name), tokens][...] = value
+
+
+def _from_outputs(place, outputs, s):
+    """Rows are the tokens l that y belongs to: makes dC."""
+    plgpu.set_max_registers(tuning.GRADIENT_REGISTERS[1], action="increase")
+    _, _, dC_ref, sums = outputs
+    slabs, spare = parts.slabs_of(s.C.shape[-1]), parts.spare_of(0, s)
+    row, column = _indices()
+    plgpu.barrier_wait(s.shared_loaded)
+    scores = _square(s.C, s.B)
+    own_score = jnp.where(row == column, scores, 0.0).sum(axis=1)
+
+    def unit(unit, dC):
+        slot, (head, block) = lax.rem(unit, place.slots), place.head(unit)
+        plgpu.barrier_wait(s.loaded.at[slot])
+        rows, columns = (parts.load_vectors(s.vectors.at[slot], layout) for layout in (PER_ROW, PER_COLUMN))
+        links = _square(s.dy.at[slot], s.x.at[slot])
+        skip = jnp.where(row == column, links, 0.0).sum(axis=1)
+        links = jnp.where(row >= column, links * _decays(rows, columns) * parts.down(columns[parts.STEP]), 0.0)
+        arrived = jnp.where(row > column, scores * links, 0.0).sum(axis=1)
+        links = links.astype(jnp.bfloat16)
+        into, new = jnp.exp2(rows[parts.COARSE] + rows[parts.FINE]), []
+        for i, slab in enumerate(slabs):
+            carried = parts.product((CHUNK, ROWS), (s.dy.at[slot], s.state.at[slot, i])) * parts.across(into)
+            C = plgpu.load(s.C.at[:, slab], layout=WGMMA, optimized=False).astype(jnp.float32)
+            arrived += (carried * C).sum(axis=1)
+            new.append(dC[i] + carried + parts.product((CHUNK, ROWS), (links, s.B.at[:, slab]), spare=spare))
+        _store(sums.at[place.batch, head, block], place.tokens, dict(arrived=arrived, own=own_score * skip, skip=skip))
+        plgpu.barrier_arrive(s.consumed.at[slot])
+        return tuple(new)
+
+    dC = lax.fori_loop(0, place.units, unit, (parts.zeros(),) * len(slabs))
+    _store_keys(place, dC_ref, slabs, dC)
+
+
+def _store_keys(place, ref, slabs, values):
+    for slab, value in zip(slabs, values, strict=True):
+        ref.at[place.batch, place.tokens, place.group, slab][...] = value.astype(jnp.bfloat16)
+
+
+def _from_inputs(place, skip, outputs, s):
+    """Rows are the tokens s that x belongs to: makes dB and dx."""
+    plgpu.set_max_registers(tuning.GRADIENT_REGISTERS[1], action="increase")
+    dx_ref, dB_ref, _, sums = outputs
+    slabs = parts.slabs_of(s.B.shape[-1])
+    plgpu.barrier_wait(s.shared_loaded)
+    scores = _square(s.B, s.C)
+
+    def unit(unit, dB):
+        slot, (head, block) = lax.rem(unit, place.slots), place.head(unit)
+        diagonal = skip[head]
+        plgpu.barrier_wait(s.loaded.at[slot])
+        rows = parts.load_vectors(s.vectors.at[slot], PER_ROW)
+        outof = parts.to_end(s.vectors.at[slot], rows[parts.COARSE], rows[parts.FINE])
+        weights = outof * rows[parts.STEP]
+        links, forward, linked = _transposed_links(scores, diagonal, rows, slot, s)
+        dB = _add_to_dB(dB, links, weights, slot, slabs, s)
+        dx, left = _dx(forward, weights, outof, slot, slabs, s)
+        of_state = lambda ref: plgpu.load(ref, layout=WGMMA, optimized=False).astype(jnp.float32)
+        kept = sum(
+            (of_state(s.state.at[slot, i]) * of_state(s.d_state.at[slot, i])).sum(axis=1) for i in range(len(slabs))
+        )
+        _store(sums.at[place.batch, head, block], place.tokens, dict(linked=linked, left=left, kept=kept))
+        plgpu.commit_smem()  # all warps have read d_state
+        s.d_state[slot, 0] = dx
+        plgpu.commit_smem()
+        rows = place.rows(block)
+        plgpu.copy_smem_to_gmem(s.d_state.at[slot, 0], dx_ref.at[place.batch, place.tokens, head, rows])
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        plgpu.barrier_arrive(s.consumed.at[slot])
+        return dB
+
+    dB = lax.fori_loop(0, place.units, unit, (parts.zeros(),) * len(slabs))
+    _store_keys(place, dB_ref, slabs, dB)
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _transposed_links(scores, skip, rows, slot, s):
+    """E^T and links^T [s, l], bfloat16, and the sum `linked`."""
+    row, column = _indices()
+    columns = parts.load_vectors(s.vectors.at[slot], PER_COLUMN)
+    negative = lambda vectors: tuple(-v for v in vectors)
+    decays = jnp.where(column >= row, _decays(negative(rows), negative(columns)), 0.0)
+    links = _square(s.x.at[slot], s.dy.at[slot]) * decays
+    linked = jnp.where(column > row, scores * links, 0.0).sum(axis=1)
+    step = parts.across(rows[parts.STEP])
+    forward = scores * decays * step + jnp.where(row == column, skip, 0.0)
+    return (links * step).astype(jnp.bfloat16), forward.astype(jnp.bfloat16), linked
+
+
+def _add_to_dB(dB, links, weights, slot, slabs, s):
+    new = []
+    for i, slab in enumerate(slabs):
+        carried = parts.product((CHUNK, ROWS), (s.x.at[slot], s.d_state.at[slot, i])) * parts.across(weights)
+        new.append(dB[i] + carried + parts.product((CHUNK, ROWS), (links, s.C.at[:, slab]), spare=parts.spare_of(1, s)))
+    return tuple(new)
+
+
+def _dx(links, weights, outof, slot, slabs, s):
+    """dx, bfloat16, and the sum `left`."""
+    pairs = ((s.B.at[:, slab], s.d_state.at[slot, i].transpose((1, 0))) for i, slab in enumerate(slabs))
+    carried = parts.product((CHUNK, ROWS), *pairs)
+    x = plgpu.load(s.x.at[slot], layout=WGMMA, optimized=False).astype(jnp.float32)
+    left = outof * (x * carried).sum(axis=1)
+    within = parts.product((CHUNK, ROWS), (links, s.dy.at[slot]), spare=parts.spare_of(1, s))
+    return (within + carried * parts.across(weights)).astype(jnp.bfloat16), left

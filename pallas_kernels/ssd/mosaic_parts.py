@@ -1,0 +1,411 @@
+"""What the forward and the backward pass of the Hopper scan share: preparation, sums over chunks, piece states.
+
+What the kernels do not know: documents and padding. A document's first token decays by 2^-256, which is zero however it
+is summed; a pad has dt = 0 and no decay. Sums of log decays come in two parts as in `xla.py`, so differences are exact.
+Widths that are not a multiple of 64 are padded in memory.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import documents as docs
+from pallas_kernels.ssd import xla
+from pallas_kernels.ssd.reference import step_size
+from pallas_kernels.ssd.tuning import CHUNK, ROWS
+
+LOG2E = math.log2(math.e)
+RESET = -256.0  # log2 of the decay into a new document
+WGMMA = plgpu.Layout.WGMMA
+PER_ROW, PER_COLUMN = WGMMA.reduce(1), WGMMA.reduce(0)
+COARSE, FINE, STEP = 0, 1, 2  # of the vectors of a chunk
+
+
+# Host side.
+
+
+class Inputs(NamedTuple):
+    """What the kernels get: K heads in all, width P a multiple of 64.
+
+    Attributes:
+      x: [B, T, K, P] bfloat16. B, C: [B, T, G, N] bfloat16; K / G heads share them.
+      log_decay: base 2, [B, T, K] float32. dt: step sizes, the same shape.
+      skip: [K] float32. state: [B, K, P, N] float32, before the first token.
+    """
+
+    x: Any
+    B: Any
+    C: Any
+    log_decay: Any
+    dt: Any
+    skip: Any
+    state: Any
+
+
+def prepare(x, dt, A, B, C, D, dt_bias, initial_state, documents, initial_document, dt_limit) -> Inputs:
+    """The part of the scan in plain JAX: step sizes, log decays, documents and pads, padding of the width."""
+    dt = step_size(dt, dt_bias, dt_limit)
+    log_decay = jnp.maximum(dt * A, xla.SMALLEST_LOG_DECAY) * LOG2E
+    if documents is not None:
+        is_real = (documents > 0)[..., None, None]
+        x, B, C = jnp.where(is_real[..., None], x, 0), jnp.where(is_real, B, 0), jnp.where(is_real, C, 0)
+        dt, log_decay = jnp.where(is_real, dt, 0), jnp.where(is_real, log_decay, 0)
+        document = docs.current(documents, initial_document)
+        before = jnp.concatenate([initial_document[:, None], document[:, :-1]], axis=1)
+        log_decay = jnp.where((document != before)[..., None, None], RESET, log_decay)
+    heads = lambda a: rearrange(a, "b t g h ... -> b t (g h) ...")
+    state = rearrange(pad_rows(initial_state, axis=3), "b g h p n -> b (g h) p n")
+    x = heads(pad_rows(x, axis=4))
+    return Inputs(x, B, C, heads(log_decay), heads(dt), D.reshape(-1), state)
+
+
+def pad_rows(a, axis):
+    """`a` with whole row blocks along `axis`."""
+    return jnp.pad(a, [(0, -a.shape[axis] % ROWS if i == axis else 0) for i in range(a.ndim)])
+
+
+def chunk_vectors(chunks, log_decay, dt):
+    """Running sums inside each chunk and steps, [B, K, 3, T rounded up]; the log decay over each chunk, [B, c, K]."""
+    batch, length, heads = dt.shape
+    chunked = lambda a: jnp.pad(a, [(0, 0), (0, -length % CHUNK), (0, 0)]).reshape(batch, chunks, CHUNK, heads)
+    # Without the barriers XLA computes the steps again for every term of the running sums, and transposes each part.
+    log_decay, dt = lax.optimization_barrier((chunked(log_decay), chunked(dt)))
+    vectors = lax.optimization_barrier(jnp.stack([*_running_sums(log_decay), dt], axis=1))
+    return rearrange(vectors, "b v c l k -> b k v (c l)"), vectors[:, :STEP, :, -1].sum(axis=1)
+
+
+def _running_sums(log_decay):
+    """As in `xla.py`, but in doubling steps, which XLA fuses; a cumulative sum is six kernels on CUDA.
+
+    [B, c, l, K] -> twice the same.
+    """
+    coarse = jnp.round(log_decay * 64) / 64
+    return [running_sum(coarse, axis=2), running_sum(log_decay - coarse, axis=2)]
+
+
+def running_sum(a, axis):
+    """The sum up to and with each token of a chunk."""
+    for step in (1 << i for i in range(CHUNK.bit_length() - 1)):
+        earlier = lax.slice_in_dim(a, 0, CHUNK - step, axis=axis)
+        a += jnp.pad(earlier, [(step if i == axis else 0, 0) for i in range(a.ndim)])
+    return a
+
+
+def states_before_pieces(plan, x, B, vectors, ends, initial, reverse=False):
+    """The state before each piece, [B, K, pieces, P, N]. The arguments are those of `piece_states`.
+
+    ends: log decay over each chunk, [B, c, K]. initial: the state before the first piece.
+    """
+    if plan.pieces == 1:
+        return initial[:, :, None]
+    decay = _piece_decays(plan, ends[:, ::-1] if reverse else ends)
+    return _states_before(decay, piece_states(plan, x, B, vectors, reverse), initial)
+
+
+def _piece_decays(plan, chunks):
+    """The decay over each piece but the last, [B, K, pieces - 1]. chunks: log decay over each chunk, [B, c, K]."""
+    whole = rearrange(chunks[:, : (plan.pieces - 1) * plan.piece], "b (p c) k -> b k p c", c=plan.piece)
+    return jnp.exp2(whole.sum(axis=-1))
+
+
+def _states_before(decay, states, initial):
+    """The state before each piece, [B, K, pieces, P, N]."""
+
+    def combine(left, right):
+        (a1, s1), (a2, s2) = left, right
+        return a1 * a2, a2[..., None, None] * s1 + s2
+
+    decay = jnp.concatenate([jnp.ones_like(decay[:, :, :1]), decay], axis=2)
+    states = jnp.concatenate([initial[:, :, None], states], axis=2)
+    return lax.associative_scan(combine, (decay, states), axis=2)[1]
+
+
+# Device side.
+
+
+class Place:
+    """Which part of the work a thread block has: some heads or row blocks, and a piece that it walks chunk by chunk.
+
+    With `reverse` pieces and chunks are counted from the end of the sequence.
+    """
+
+    def __init__(self, plan, reverse=False):
+        self._plan, self._reverse = plan, reverse
+        self.batch = lax.axis_index("batch")
+        self.head = lax.axis_index("heads") * plan.heads
+        self.block = lax.axis_index("blocks") * plan.blocks
+        self.piece = lax.axis_index("piece")
+        self.chunks = jnp.minimum(plan.piece, plan.chunks - self.piece * plan.piece)
+
+    def chunk(self, c):
+        """The place in the sequence of the piece's chunk `c`."""
+        index = self.piece * self._plan.piece + c
+        return self._plan.chunks - 1 - index if self._reverse else index
+
+    def tokens(self, c):
+        """The tokens of the piece's chunk `c`."""
+        return pl.ds(self.chunk(c) * CHUNK, CHUNK)
+
+    def rows(self, block):
+        """The rows of the thread block's row block `block`."""
+        return pl.ds((self.block + block) * ROWS, ROWS)
+
+
+def launch(body, name, grid, threads, out_type, scratch, interpret):
+    body.__name__ = name
+    return plgpu.kernel(
+        body,
+        out_type=out_type,
+        grid=tuple(grid.values()),
+        grid_names=tuple(grid),
+        num_threads=threads,
+        thread_name="thread",
+        scratch_types=list(scratch),
+        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
+        interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
+    )
+
+
+def launch_walk(plan, body, name, x, pieces, out_type, scratch):
+    """A kernel whose thread blocks are `Place`s; x: [B, T, K, P]."""
+    batch, _, heads, width = x.shape
+    grid = dict(batch=batch, heads=heads // plan.heads, blocks=width // ROWS // plan.blocks, piece=pieces)
+    return launch(body, name, grid, 1 + plan.lanes, out_type, scratch, plan.interpret)
+
+
+def matrices(*shape):
+    """bfloat16 matrices in shared memory, laid out for wgmma."""
+    return plgpu.SMEM(shape, jnp.bfloat16, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
+
+
+def floats(*shape):
+    return plgpu.SMEM(shape, jnp.float32)
+
+
+def across(vector):
+    return lax.broadcast_in_dim(vector, (CHUNK, CHUNK), [0])
+
+
+def down(vector):
+    return lax.broadcast_in_dim(vector, (CHUNK, CHUNK), [1])
+
+
+def product(shape, *operands, spare=None):
+    """The sum of `a @ b` over the pairs, float32.
+
+    The interpreter wants `a` in shared memory: where it is in registers, it goes through `spare` there.
+    """
+
+    def accumulate(acc):
+        for i, (a, b) in enumerate(operands):
+            if i >= 2:
+                plgpu.wgmma_wait(1)  # frees the registers of the operand before the last
+            if spare is not None:
+                spare[...] = a
+                plgpu.commit_smem()
+                a = spare
+            plgpu.wgmma(acc, a, b)
+        return acc[...]
+
+    return pl.run_scoped(accumulate, plgpu.ACC(shape, jnp.float32))
+
+
+def spare_tiles(lanes, interpret):
+    """A tile a lane, for the interpreter only."""
+    return plgpu.SMEM((lanes, ROWS, CHUNK), jnp.bfloat16) if interpret else None
+
+
+def spare_of(lane, s):
+    return None if s.spare is None else s.spare.at[lane]
+
+
+def load_transposed(tile):
+    return plgpu.load(tile.transpose((1, 0)), layout=WGMMA, optimized=False)
+
+
+def load_vectors(ref, layout):
+    """Coarse and fine sums and steps of a chunk."""
+    return tuple(plgpu.load(ref.at[i], layout=layout) for i in (COARSE, FINE, STEP))
+
+
+def slabs_of(state_size):
+    """A state is held as [64, 64] slabs."""
+    return [pl.ds(i, ROWS) for i in range(0, state_size, ROWS)]
+
+
+def load_state(ref, slabs):
+    return tuple(plgpu.load(ref.at[:, slab], layout=WGMMA, optimized=False) for slab in slabs)
+
+
+def zeros():
+    return plgpu.layout_cast(jnp.zeros((ROWS, ROWS), jnp.float32), WGMMA)
+
+
+def to_end(vectors, coarse, fine):
+    """The decay from each token, without its own, to the chunk's end."""
+    return jnp.exp2((vectors[COARSE, CHUNK - 1] - coarse) + (vectors[FINE, CHUNK - 1] - fine))
+
+
+def next_state(state, x, weights, vectors, B, spare):
+    """The state after a chunk. x: [64, 64], x^T in registers."""
+    x = (x.astype(jnp.float32) * down(weights)).astype(jnp.bfloat16)
+    decay = jnp.exp2(vectors[COARSE, CHUNK - 1] + vectors[FINE, CHUNK - 1])
+    added = (product((ROWS, ROWS), (x, B.at[:, slab]), spare=spare) for slab in slabs_of(B.shape[-1]))
+    return tuple(decay * v + a for v, a in zip(state, added, strict=True))
+
+
+def load_keys(place, B, x, tokens, target, copy):
+    share = x.shape[2] // B.shape[2]
+    copy(B.at[place.batch, tokens, lax.div(place.head, share)], target)
+
+
+def load_values(plan, place, x, tokens, target, copy):
+    for lane in range(plan.lanes):
+        head, block = divmod(lane, plan.blocks)
+        copy(x.at[place.batch, tokens, place.head + head, place.rows(block)], target.at[lane])
+
+
+def copy_vectors(plan, place, vectors, tokens, target, copy):
+    copy(vectors.at[place.batch, pl.ds(place.head, plan.heads), :, tokens], target)
+
+
+def drain(plan, chunks, s):
+    """Waits for what is still in the slots."""
+
+    @pl.loop(jnp.maximum(0, chunks - plan.slots), chunks)
+    def _(c):
+        plgpu.barrier_wait(s.consumed.at[lax.rem(c, plan.slots)])
+
+
+# Kernels that walk the pieces for their states.
+#
+# Forward in time a state is S = decay S + (x^T weights) B with the weight exp(a_end - a_s) dt_s of each token. Backward
+# in time it is the gradient with respect to S, which has dy for x, C for B, and the weight exp(a_s).
+
+
+class _WalkScratch(NamedTuple):
+    x: Any
+    B: Any
+    vectors: Any
+    kept: Any
+    loaded: Any
+    consumed: Any
+    spare: Any
+
+
+def _walk_scratch(plan, state_size, keep):
+    slots, lanes = plan.slots, plan.lanes
+    return _WalkScratch(
+        x=matrices(slots, lanes, CHUNK, ROWS),
+        B=matrices(slots, CHUNK, state_size),
+        vectors=floats(slots, plan.heads, 3, CHUNK),
+        kept=matrices(lanes, ROWS, state_size) if keep else None,
+        loaded=plgpu.Barrier(num_arrivals=2 + lanes, num_barriers=slots),
+        consumed=plgpu.Barrier(num_arrivals=lanes, num_barriers=slots),
+        spare=spare_tiles(lanes, plan.interpret),
+    )
+
+
+def piece_states(plan, x, B, vectors, reverse=False):
+    """What each piece but the last leaves if it starts from zero: [B, K, pieces - 1, P, N] float32."""
+    (batch, _, heads, width), state_size = x.shape, B.shape[-1]
+
+    def body(x, B, vectors, states, *scratch):
+        s, place, thread = _WalkScratch(*scratch), Place(plan, reverse), lax.axis_index("thread")
+        pl.when(thread == 0)(lambda: _load_piece(plan, place, x, B, vectors, s))
+
+        @pl.when(thread > 0)
+        def _():
+            head, rows = _lane(plan, place, thread - 1)
+            slabs = slabs_of(state_size)
+            state = _walk(plan, place, thread - 1, (zeros(),) * len(slabs), reverse, s)
+            _store_state(states.at[place.batch, head, place.piece, rows], slabs, state)
+
+    out_type = jax.ShapeDtypeStruct((batch, heads, plan.pieces - 1, width, state_size), jnp.float32)
+    scratch = _walk_scratch(plan, state_size, keep=False)
+    return launch_walk(plan, body, "ssd_piece_states", x, plan.pieces - 1, out_type, scratch)(x, B, vectors)
+
+
+def chunk_states(plan, x, B, vectors, before, reverse=False):
+    """The state before each chunk of the walk, [B, K, c, P, N] bfloat16, and that after the last, float32.
+
+    before: the state before each piece.
+    """
+    (batch, _, heads, width), state_size = x.shape, B.shape[-1]
+
+    def body(x, B, vectors, before, states, after, *scratch):
+        s, place, thread = _WalkScratch(*scratch), Place(plan, reverse), lax.axis_index("thread")
+        pl.when(thread == 0)(lambda: _load_piece(plan, place, x, B, vectors, s))
+
+        @pl.when(thread > 0)
+        def _():
+            lane = thread - 1
+            head, rows = _lane(plan, place, lane)
+            slabs = slabs_of(state_size)
+
+            def keep(c, state):
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                for slab, value in zip(slabs, state, strict=True):
+                    s.kept.at[lane, :, slab][...] = value.astype(jnp.bfloat16)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(s.kept.at[lane], states.at[place.batch, head, place.chunk(c), rows])
+
+            state = load_state(before.at[place.batch, head, place.piece, rows], slabs)
+            state = _walk(plan, place, lane, state, reverse, s, keep)
+            is_last = place.piece == plan.pieces - 1
+            pl.when(is_last)(lambda: _store_state(after.at[place.batch, head, rows], slabs, state))
+            plgpu.wait_smem_to_gmem(0)
+
+    states = jax.ShapeDtypeStruct((batch, heads, plan.chunks, width, state_size), jnp.bfloat16)
+    after = jax.ShapeDtypeStruct((batch, heads, width, state_size), jnp.float32)
+    scratch = _walk_scratch(plan, state_size, keep=True)
+    return launch_walk(plan, body, "ssd_chunk_states", x, plan.pieces, (states, after), scratch)(x, B, vectors, before)
+
+
+def _lane(plan, place, lane):
+    """Head and rows of a warpgroup."""
+    return place.head + lax.div(lane, plan.blocks), place.rows(lax.rem(lane, plan.blocks))
+
+
+def _store_state(ref, slabs, state):
+    for slab, value in zip(slabs, state, strict=True):
+        ref.at[:, slab][...] = value
+
+
+def _load_piece(plan, place, x, B, vectors, s):
+    @pl.loop(0, place.chunks)
+    def _(c):
+        slot = lax.rem(c, plan.slots)
+        pl.when(c >= plan.slots)(lambda: plgpu.barrier_wait(s.consumed.at[slot]))
+        copy = lambda source, target: plgpu.copy_gmem_to_smem(source, target, s.loaded.at[slot])
+        load_keys(place, B, x, place.tokens(c), s.B.at[slot], copy)
+        load_values(plan, place, x, place.tokens(c), s.x.at[slot], copy)
+        copy_vectors(plan, place, vectors, place.tokens(c), s.vectors.at[slot], copy)
+
+    drain(plan, place.chunks, s)
+
+
+def _walk(plan, place, lane, state, reverse, s, visit=lambda c, state: None):
+    """The state after a piece; `visit` sees it before each chunk."""
+
+    def chunk(c, state):
+        slot = lax.rem(c, plan.slots)
+        visit(c, state)
+        plgpu.barrier_wait(s.loaded.at[slot])
+        vectors = s.vectors.at[slot, lax.div(lane, plan.blocks)]
+        coarse, fine, step = load_vectors(vectors, PER_COLUMN)
+        weights = jnp.exp2(coarse + fine) if reverse else to_end(vectors, coarse, fine) * step
+        x = load_transposed(s.x.at[slot, lane])
+        state = next_state(state, x, weights, vectors, s.B.at[slot], spare_of(lane, s))
+        plgpu.barrier_arrive(s.consumed.at[slot])
+        return state
+
+    return lax.fori_loop(0, place.chunks, chunk, state)
