@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 
 def current(documents: Int[Array, "B T"], initial_document: Int[Array, "B"]) -> Int[Array, "B T"]:
@@ -22,3 +22,11 @@ def current(documents: Int[Array, "B T"], initial_document: Int[Array, "B"]) -> 
 def last(documents: Int[Array, "B T"], initial_document: Int[Array, "B"]) -> Int[Array, "B"]:
     """The document that is open after the last position."""
     return jnp.maximum(documents.max(axis=1, initial=0), initial_document)
+
+
+def without_pads(documents: Int[Array, "B T"] | None, *arrays: Float[Array, "B T ..."]) -> tuple[Array, ...]:
+    """Zeros at pads. A pad may hold anything, and 0 * inf would poison sums; so would a gradient, 0 * NaN."""
+    if documents is None:
+        return arrays
+    is_real = documents > 0
+    return tuple(jnp.where(is_real.reshape(is_real.shape + (1,) * (a.ndim - 2)), a, 0) for a in arrays)

@@ -52,12 +52,10 @@ class Inputs(NamedTuple):
 
 def prepare(x, dt, A, B, C, D, dt_bias, initial_state, documents, initial_document, dt_limit) -> Inputs:
     """The part of the scan in plain JAX: step sizes, log decays, documents and pads, padding of the width."""
-    dt = step_size(dt, dt_bias, dt_limit)
+    x, dt, B, C = docs.without_pads(documents, x, dt, B, C)
+    (dt,) = docs.without_pads(documents, step_size(dt, dt_bias, dt_limit))
     log_decay = jnp.maximum(dt * A, xla.SMALLEST_LOG_DECAY) * LOG2E
     if documents is not None:
-        is_real = (documents > 0)[..., None, None]
-        x, B, C = jnp.where(is_real[..., None], x, 0), jnp.where(is_real, B, 0), jnp.where(is_real, C, 0)
-        dt, log_decay = jnp.where(is_real, dt, 0), jnp.where(is_real, log_decay, 0)
         document = docs.current(documents, initial_document)
         before = jnp.concatenate([initial_document[:, None], document[:, :-1]], axis=1)
         log_decay = jnp.where((document != before)[..., None, None], RESET, log_decay)

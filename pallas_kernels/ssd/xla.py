@@ -34,12 +34,9 @@ SMALLEST_LOG_DECAY = -88.0
 def ssd(x, dt, A, B, C, D, dt_bias, dt_limit, initial_state, documents, initial_document, chunk_size):
     """See `api.ssd`."""
     length = x.shape[1]
-    dt = step_size(dt, dt_bias, dt_limit)
+    x, dt, B, C = docs.without_pads(documents, x, dt, B, C)
+    (dt,) = docs.without_pads(documents, step_size(dt, dt_bias, dt_limit))
     if documents is not None:
-        is_real = (documents > 0)[..., None, None]
-        # A pad may hold anything; 0 * inf would still poison the sums.
-        x, dt = jnp.where(is_real[..., None], x, 0), jnp.where(is_real, dt, 0)
-        B, C = jnp.where(is_real, B, 0), jnp.where(is_real, C, 0)
         documents = docs.current(documents, initial_document)
     if length == 1:
         return _one_token(x, dt, A, B, C, D, initial_state, documents, initial_document)
