@@ -1,42 +1,61 @@
-"""Runs cases: every implementation is compared with float32, then timed. Gives rows (dicts of plain values)."""
+"""Runs cases: every implementation is compared with float32, then timed. Gives rows (dicts of plain values).
+
+`check` and `speed` start compiling at once, in the threads of a pool, and give an iterator that runs the programs.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from experiments.gpu_suite.cases import Case, Work
-from experiments.gpu_suite.timing import count_of_sets, device_seconds
+from experiments.gpu_suite.timing import compiled, count_of_sets, device_seconds, in_turn
 
 ROUNDING = 2.0**-8  # of bfloat16
 
 
-def check(case: Case) -> Iterator[dict[str, Any]]:
+def check(case: Case, pool: Executor) -> Iterator[dict[str, Any]]:
     """Each implementation on bfloat16 against plain JAX in float32: relative error of the worst output (2-norm).
 
     The limit is twice the error of plain JAX in bfloat16, or twice a bfloat16 rounding if that is more.
     """
-    arrays = case.arrays(jax.random.key(1))
-    exact = jax.tree.map(lambda a: a.astype(jnp.float32), arrays)
-    with jax.default_matmul_precision("highest"):
-        expected = jax.block_until_ready(jax.jit(case.call("xla"))(*exact))
-    limit = 2 * ROUNDING
-    for name in sorted(case.implementations, key=lambda name: name != "xla"):
-        row = {"kind": "check", "case": case.name, "implementation": name}
+    names = sorted(case.implementations, key=lambda name: name != "xla")
+    inputs = jax.eval_shape(case.arrays, jax.random.key(1))
+    exact = pool.submit(_compiled_exactly, case.call("xla"), *_in_float32(inputs))
+    programs = {name: pool.submit(compiled, case.call(name), *inputs) for name in names}
 
-        def error(name=name, limit=limit):
-            actual = jax.jit(case.call(name))(*arrays)
-            errors = [float(_distance(a, e)) for a, e in zip(*map(jax.tree.leaves, (actual, expected)), strict=True)]
-            worst = max(errors) if all(e == e for e in errors) else float("nan")
-            return {"error": worst, "limit": limit, "output": errors.index(max(errors)), "ok": worst <= limit}
+    def rows():
+        arrays = case.arrays(jax.random.key(1))
+        wanted = jax.block_until_ready(exact.result().run(*jax.tree.map(lambda a: a.astype(jnp.float32), arrays)))
+        limit = 2 * ROUNDING
+        for name in names:
+            row = {"kind": "check", "case": case.name, "implementation": name}
+            row = attempt(row, lambda name=name, limit=limit: _error(programs[name].result(), arrays, wanted, limit))
+            if name == "xla" and "error" in row:
+                limit = max(limit, 2 * row["error"])
+            yield row
 
-        row = attempt(row, error)
-        if name == "xla" and "error" in row:
-            limit = max(limit, 2 * row["error"])
-        yield row
+    return rows()
+
+
+def _in_float32(inputs):
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.float32), inputs)
+
+
+def _compiled_exactly(*arguments):
+    with jax.default_matmul_precision("highest"):  # which holds for one thread
+        return compiled(*arguments)
+
+
+def _error(program, arrays, wanted, limit):
+    actual = program.run(*arrays)
+    errors = [float(_distance(a, w)) for a, w in zip(*map(jax.tree.leaves, (actual, wanted)), strict=True)]
+    worst = max(errors) if all(e == e for e in errors) else float("nan")
+    return {"error": worst, "limit": limit, "output": errors.index(max(errors)), "ok": worst <= limit}
 
 
 @jax.jit
@@ -47,20 +66,30 @@ def _distance(actual, expected):
     return jnp.linalg.norm(difference.ravel()) / jnp.maximum(size, 1e-30)
 
 
-def speed(case: Case, peaks: Work) -> Iterator[dict[str, Any]]:
+def speed(case: Case, peaks: Work, pool: Executor) -> Iterator[dict[str, Any]]:
     """Device time of each implementation. peaks: bytes and operations a second of the card."""
     floor = max(case.least.nbytes / peaks.nbytes, case.least.flops / peaks.flops)
-    inputs = jax.tree.leaves(jax.eval_shape(case.arrays, jax.random.key(0)))
-    nbytes = sum(a.size * a.dtype.itemsize for a in inputs)
-    keys = jax.random.split(jax.random.key(2), count_of_sets(nbytes, floor))
-    sets = [case.arrays(key) for key in keys]
-    for name in case.implementations:
+    inputs = jax.eval_shape(case.arrays, jax.random.key(0))
+    count = count_of_sets(sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(inputs)), floor)
+    programs = {
+        name: pool.submit(compiled, in_turn(case.call(name)), [inputs] * count) for name in case.implementations
+    }
 
-        def timing(name=name):
-            measured = device_seconds(case.call(name), sets)
-            return {"seconds": measured.seconds, "compile_seconds": measured.compile_seconds, "floor_seconds": floor}
+    def rows():
+        sets = [case.arrays(key) for key in jax.random.split(jax.random.key(2), count)]
+        for name, program in programs.items():
 
-        yield attempt({"kind": "speed", "case": case.name, "implementation": name}, timing)
+            def timing(program=program):
+                measured = device_seconds(program.result(), sets)
+                return {
+                    "seconds": measured.seconds,
+                    "compile_seconds": measured.compile_seconds,
+                    "floor_seconds": floor,
+                }
+
+            yield attempt({"kind": "speed", "case": case.name, "implementation": name}, timing)
+
+    return rows()
 
 
 def attempt(row: dict[str, Any], run: Callable[[], dict[str, Any]]) -> dict[str, Any]:

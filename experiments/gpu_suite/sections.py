@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -53,10 +55,13 @@ def rows(section: str, tiny: bool) -> Iterator[dict[str, Any]]:
         return
     possible = lambda case: case._replace(implementations=("xla",)) if tiny else case
     checks, speeds = operation_cases(models, tokens, context)[section]
-    for case in checks:
-        yield from operations.check(possible(case))
-    for case in speeds:
-        yield from operations.speed(possible(case), peaks)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        runs = [operations.check(possible(case), pool) for case in checks]
+        runs += [operations.speed(possible(case), peaks, pool) for case in speeds]
+        # Nothing runs while programs are compiled: neither what is timed here nor what the compiler itself times.
+        pool.shutdown(wait=True)
+        for run in runs:
+            yield from run
 
 
 def operation_cases(

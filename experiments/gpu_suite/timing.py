@@ -19,11 +19,25 @@ MOST = 4e9  # bytes of inputs
 REPEATS = 5
 
 
+class Program(NamedTuple):
+    """A compiled function, and the seconds that compiling took."""
+
+    run: Callable
+    compile_seconds: float
+
+
 class Timing(NamedTuple):
     """Seconds: of one call (median), and of compiling the program of several."""
 
     seconds: float
     compile_seconds: float
+
+
+def compiled(function: Callable, *inputs: Any, **options: Any) -> Program:
+    """`function` compiled for inputs like these. options: of `jax.jit`."""
+    began = time.perf_counter()
+    program = jax.jit(function, **options).lower(*inputs).compile()
+    return Program(program, time.perf_counter() - began)
 
 
 def count_of_sets(nbytes: int, expected: float) -> int:
@@ -32,15 +46,10 @@ def count_of_sets(nbytes: int, expected: float) -> int:
     return int(max(1, min(sets, 16, MOST // max(nbytes, 1))))
 
 
-def device_seconds(run: Callable, sets: Sequence[tuple], launches: int = 4) -> Timing:
-    """The time of `run(*inputs)`, over the sets of inputs in turn.
+def in_turn(run: Callable) -> Callable[[Sequence[tuple]], list]:
+    """A function of sets of inputs, which calls `run(*inputs)` on one after the other."""
 
-    Args:
-      run: a function of arrays. sets: inputs of each call of the program.
-      launches: by how many programs the longer queue is longer.
-    """
-
-    def program(sets):
+    def calls(sets):
         outputs = []
         for arrays in sets:
             # A call waits for the one before.
@@ -48,20 +57,27 @@ def device_seconds(run: Callable, sets: Sequence[tuple], launches: int = 4) -> T
             outputs.append(run(*arrays))
         return outputs
 
-    began = time.perf_counter()
-    compiled = jax.jit(program).lower(list(sets)).compile()
-    compile_seconds = time.perf_counter() - began
-    jax.block_until_ready(compiled(list(sets)))
+    return calls
+
+
+def device_seconds(calls: Program, sets: Sequence[tuple], launches: int = 4) -> Timing:
+    """The time of a call.
+
+    Args:
+      calls: of `in_turn`. sets: its inputs.
+      launches: by how many programs the longer queue is longer.
+    """
+    jax.block_until_ready(calls.run(list(sets)))
     added = [
-        (_wall(compiled, sets, 1 + launches) - _wall(compiled, sets, 1)) / (launches * len(sets))
+        (_wall(calls.run, sets, 1 + launches) - _wall(calls.run, sets, 1)) / (launches * len(sets))
         for _ in range(REPEATS)
     ]
-    return Timing(statistics.median(added), compile_seconds)
+    return Timing(statistics.median(added), calls.compile_seconds)
 
 
-def _wall(compiled: Any, sets: Sequence[tuple], launches: int) -> float:
+def _wall(run: Callable, sets: Sequence[tuple], launches: int) -> float:
     began = time.perf_counter()
     for _ in range(launches):
-        out = compiled(list(sets))
+        out = run(list(sets))
     jax.block_until_ready(out)
     return time.perf_counter() - began

@@ -6,6 +6,7 @@ import functools
 import statistics
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 from experiments import rooflines
 from experiments.gpu_suite.cases import Work
 from experiments.gpu_suite.operations import attempt
+from experiments.gpu_suite.timing import compiled
 from nemojax import forward
 from nemojax.cache import Cache, init_cache
 from nemojax.config import Config
@@ -24,14 +26,32 @@ REPEATS = 3
 
 def rows(config: Config, tokens: int, batches: tuple[int, ...], peaks: Work) -> Iterator[dict[str, Any]]:
     """Prefill of `tokens`, and decoding after as many for each number of rows."""
+    params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    with ThreadPoolExecutor() as pool:
+        prefill = pool.submit(_compile_prefill, config, params, tokens)
+        decode = {batch: pool.submit(_compile_decode, config, params, batch, tokens) for batch in batches}
     began = time.perf_counter()
-    params = jax.block_until_ready(init_params(config, jax.random.key(0)))
+    params = jax.block_until_ready(_random(params))
     yield {"kind": "model", "case": "random weights", "seconds": time.perf_counter() - began, **_memory()}
     name = {"kind": "model", "case": f"prefill of {tokens:,} tokens"}
-    yield attempt(name, lambda: _prefill(config, params, tokens, peaks))
+    yield attempt(name, lambda: _prefill(config, prefill.result(), params, tokens, peaks))
     for batch in batches:
         name = {"kind": "model", "case": f"decode at batch {batch}, context {tokens:,}"}
-        yield attempt(name, lambda batch=batch: _decode(config, params, batch, tokens, peaks))
+        yield attempt(name, lambda batch=batch: _decode(config, decode[batch].result(), params, batch, tokens, peaks))
+
+
+def _random(params: Any) -> Any:
+    """Weights of these shapes, one at a time: compiled once for each shape, and no more memory than they take."""
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(0), len(leaves))
+    return structure.unflatten([_weight(key, p.shape, p.dtype) for key, p in zip(keys, leaves, strict=True)])
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _weight(key, shape, dtype):
+    if len(shape) < 2:
+        return jnp.ones(shape, dtype)
+    return (jax.random.normal(key, shape, jnp.float32) * shape[-1] ** -0.5).astype(dtype)
 
 
 def _memory() -> dict[str, int]:
@@ -39,22 +59,24 @@ def _memory() -> dict[str, int]:
     return {"peak_bytes": stats["peak_bytes_in_use"]} if "peak_bytes_in_use" in stats else {}
 
 
-def _prefill(config, params, tokens, peaks):
-    @functools.partial(jax.jit, donate_argnums=2)
+def _compile_prefill(config, params, tokens):
     def step(params, ids, cache):
         run = forward.backbone(params, ids, None, cache, config=config)
         return forward.head(params, run.hidden[:, -1:], config), run.cache
 
+    ids = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
+    cache = jax.eval_shape(lambda: init_cache(config, 1, tokens))
+    return compiled(step, params, ids, cache, donate_argnums=2)
+
+
+def _prefill(config, program, params, tokens, peaks):
     ids = jax.random.randint(jax.random.key(1), (1, tokens), 1, config.vocab_size, jnp.int32)
     empty = lambda: jax.block_until_ready(init_cache(config, 1, tokens))
-    began = time.perf_counter()
-    step = step.lower(params, ids, empty()).compile()
-    compile_seconds = time.perf_counter() - began
     seconds = []
     for _ in range(1 + REPEATS):
         cache = empty()
         began = time.perf_counter()
-        jax.block_until_ready(step(params, ids, cache))
+        jax.block_until_ready(program.run(params, ids, cache))
         seconds.append(time.perf_counter() - began)
     unused = 2 * (tokens - 1) * config.vocab_size * config.hidden_size  # logits of the last token only
     flops = rooflines.prefill_flops(config, tokens) - unused
@@ -64,16 +86,15 @@ def _prefill(config, params, tokens, peaks):
         "seconds": took,
         "tokens_per_second": tokens / took,
         "floor_seconds": floor,
-        "compile_seconds": compile_seconds,
+        "compile_seconds": program.compile_seconds,
         **_memory(),
     }
 
 
-def _decode(config, params, batch, context, peaks):
-    """The time of a token, from loops of two lengths: what starts and ends a loop is in both."""
-    few, many = 8, 40
+FEW, MANY = 8, 40  # steps of a loop
 
-    @functools.partial(jax.jit, donate_argnums=2)
+
+def _compile_decode(config, params, batch, context):
     def loop(params, token, cache, count):
         def step(_, carry):
             token, cache = carry
@@ -83,26 +104,30 @@ def _decode(config, params, batch, context, peaks):
 
         return jax.lax.fori_loop(0, count, step, (token, cache))
 
-    cache = _full(init_cache(config, batch, context + many), context)
+    cache = jax.eval_shape(lambda: init_cache(config, batch, context + MANY))
+    token, count = jax.ShapeDtypeStruct((batch,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
+    return compiled(loop, params, token, cache, count, donate_argnums=2)
+
+
+def _decode(config, program, params, batch, context, peaks):
+    """The time of a token, from loops of two lengths: what starts and ends a loop is in both."""
+    cache = _full(init_cache(config, batch, context + MANY), context)
     token = jax.random.randint(jax.random.key(1), (batch,), 1, config.vocab_size, jnp.int32)
-    began = time.perf_counter()
-    compiled = loop.lower(params, token, cache, jnp.int32(0)).compile()
-    compile_seconds = time.perf_counter() - began
-    seconds = {few: [], many: []}
+    seconds = {FEW: [], MANY: []}
     for _ in range(1 + REPEATS):
         for count in seconds:
             cache = jax.block_until_ready(_full(cache, context))
             began = time.perf_counter()
-            _, cache = jax.block_until_ready(compiled(params, token, cache, jnp.int32(count)))
+            _, cache = jax.block_until_ready(program.run(params, token, cache, jnp.int32(count)))
             seconds[count].append(time.perf_counter() - began)
-    long, short = (statistics.median(seconds[count][1:]) for count in (many, few))
-    took = (long - short) / (many - few)
+    long, short = (statistics.median(seconds[count][1:]) for count in (MANY, FEW))
+    took = (long - short) / (MANY - FEW)
     floor = rooflines.decode_bytes(config, context, batch=batch) / peaks.nbytes
     return {
         "seconds": took,
         "tokens_per_second": batch / took,
         "floor_seconds": floor,
-        "compile_seconds": compile_seconds,
+        "compile_seconds": program.compile_seconds,
         **_memory(),
     }
 
