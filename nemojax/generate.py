@@ -137,7 +137,10 @@ def _generate(params, tokens, segment_ids, sampling, *, model, max_new_tokens, s
 
     head = lambda hidden: forward.head(params, hidden, config, mesh=model.mesh)
     with jax.named_scope("prefill"):
-        prompt = run(tokens, segment_ids, init_cache(config, batch, length + max_new_tokens - 1, mesh=model.mesh))
+        slots = length + max_new_tokens - 1
+        # Whole tiles: a kernel would copy all slots at every token to make them so.
+        cache = init_cache(config, batch, slots + -slots % TILE_ROWS, mesh=model.mesh)
+        prompt = run(tokens, segment_ids, cache)
         hidden = _last_real(prompt.hidden, segment_ids)
         token = choose_token(head(hidden)[:, 0], 0)
 

@@ -93,7 +93,8 @@ def _about(tiny: bool) -> dict[str, str] | None:
 
 
 def _environment(tiny: bool, section: str | None = None) -> dict[str, str]:
-    added = {"PYTHONPATH": str(ROOT), "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    added = {"PYTHONPATH": os.pathsep.join(paths), "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}
     if tiny or section == "torch":
         added["JAX_PLATFORMS"] = "cpu"
     return os.environ | added

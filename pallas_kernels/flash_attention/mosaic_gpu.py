@@ -38,6 +38,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.flash_attention import tuning
+from pallas_kernels.tiles import pad_to
 
 ROWS = 64  # of a warpgroup: the M of wgmma
 HEAD_DIM = 128
@@ -75,8 +76,9 @@ def flash_attention(q, k, v, start, documents, key_documents):
         # The packed kernel does this where it reads a pad; here a pass over v is nothing beside the products.
         v = _without_pads(v, key_documents)
     view = _view(length, share, ROWS * blocks.warpgroups, size, blocks.keys, start, documents, key_documents)
-    out, lse = _merge(*_forward_kernel(q, k, v, view, blocks))
-    lse = lse[:, :, : q.shape[1]]
+    rows = q.shape[1]
+    out, lse = _merge(*_forward_kernel(*(pad_to(a, axis=1) for a in (q, k, v)), view, blocks))
+    out, lse = out[:, :rows], lse[:, :, :rows]
     if blocks.pack:
         out = rearrange(out, "b (t h) g p -> b t (g h) p", h=share)
         return out.astype(k.dtype), rearrange(lse, "b g (t h) -> b t (g h)", h=share)
@@ -459,13 +461,14 @@ def backward(saved, cotangents):
     by_head = lambda a, fill: jnp.pad(
         rearrange(a, "b t h -> b h t"), ((0, 0), (0, 0), (0, -length % (2 * ROWS))), constant_values=fill
     )
+    q, k, v, d_out = (pad_to(a, axis=1) for a in (q, k, v, d_out))
     rows = (d_out, by_head(jnp.where(seen, lse * LOG2E, jnp.inf), jnp.inf), by_head(row_sum, 0))
     where = (start, documents, key_documents)
     dq = _dq_kernel(q, k, v, *rows, _view(length, 1, 2 * ROWS, size, blocks.keys, *where), blocks)
     view = _view(length, 1, ROWS, size, 2 * ROWS, *where, by_key=True)
     dk, dv = _dkv_kernel(q, k, v, *rows, view, blocks)
     per_group = lambda a: rearrange(a, "b s (g c) p -> b s g c p", g=groups).sum(axis=3).astype(k.dtype)
-    return dq, per_group(dk), per_group(dv)
+    return dq[:, :length], per_group(dk)[:, :size], per_group(dv)[:, :size]
 
 
 flash_attention.defvjp(_forward, lambda saved, cotangents: (*backward(saved, cotangents), None, None, None))

@@ -78,7 +78,7 @@ def _ssd(dt_limit, interpret, *inputs):
     y, state = _run(tuning.plan_of(prepared.x, prepared.B, interpret=interpret), prepared)
     y = rearrange(y, "b t (g h) p -> b t g h p", g=groups)
     state = rearrange(state, "b (g h) p n -> b g h p n", g=groups)
-    return y[..., : x.shape[-1]], state[..., : x.shape[-1], :]
+    return y[:, : x.shape[1], ..., : x.shape[-1]], state[..., : x.shape[-1], :]
 
 
 def backward(dt_limit, interpret, inputs, cotangents):

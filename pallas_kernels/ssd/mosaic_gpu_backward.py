@@ -41,6 +41,7 @@ from pallas_kernels.ssd import mosaic_parts as parts
 from pallas_kernels.ssd import tuning
 from pallas_kernels.ssd.mosaic_parts import PER_COLUMN, PER_ROW, WGMMA
 from pallas_kernels.ssd.tuning import CHUNK, ROWS
+from pallas_kernels.tiles import pad_to
 
 _LN2 = math.log(2)
 
@@ -53,8 +54,8 @@ def gradients(dt_limit, interpret, inputs, cotangents):
     prepared, pull = jax.vjp(prepare, *inputs)
     if documents is not None:
         dy = jnp.where((documents > 0)[..., None, None, None], dy, 0)
-    dy = rearrange(parts.pad_rows(dy, axis=4), "b t g h p -> b t (g h) p")
-    d_state = rearrange(parts.pad_rows(d_state, axis=3), "b g h p n -> b (g h) p n")
+    dy = rearrange(pad_to(pad_to(dy, axis=1), 4, ROWS), "b t g h p -> b t (g h) p")
+    d_state = rearrange(pad_to(d_state, 3, ROWS), "b g h p n -> b (g h) p n")
     return pull(_run(tuning.plan_of(prepared.x, prepared.B, interpret=interpret), prepared, dy, d_state))
 
 

@@ -21,6 +21,7 @@ from pallas_kernels import documents as docs
 from pallas_kernels.ssd import xla
 from pallas_kernels.ssd.reference import step_size
 from pallas_kernels.ssd.tuning import CHUNK, ROWS
+from pallas_kernels.tiles import pad_to
 
 LOG2E = math.log2(math.e)
 RESET = -256.0  # log2 of the decay into a new document
@@ -36,7 +37,7 @@ class Inputs(NamedTuple):
     """What the kernels get: K heads in all, width P a multiple of 64.
 
     Attributes:
-      x: [B, T, K, P] bfloat16. B, C: [B, T, G, N] bfloat16; K / G heads share them.
+      x: [B, T, K, P] bfloat16, T a multiple of 8. B, C: [B, T, G, N] bfloat16; K / G heads share them.
       log_decay: base 2, [B, T, K] float32. dt: step sizes, the same shape.
       skip: [K] float32. state: [B, K, P, N] float32, before the first token.
     """
@@ -59,15 +60,10 @@ def prepare(x, dt, A, B, C, D, dt_bias, initial_state, documents, initial_docume
         document = docs.current(documents, initial_document)
         before = jnp.concatenate([initial_document[:, None], document[:, :-1]], axis=1)
         log_decay = jnp.where((document != before)[..., None, None], RESET, log_decay)
-    heads = lambda a: rearrange(a, "b t g h ... -> b t (g h) ...")
-    state = rearrange(pad_rows(initial_state, axis=3), "b g h p n -> b (g h) p n")
-    x = heads(pad_rows(x, axis=4))
+    heads = lambda a: pad_to(rearrange(a, "b t g h ... -> b t (g h) ..."), axis=1)
+    state = rearrange(pad_to(initial_state, 3, ROWS), "b g h p n -> b (g h) p n")
+    x, B, C = heads(pad_to(x, 4, ROWS)), pad_to(B, axis=1), pad_to(C, axis=1)
     return Inputs(x, B, C, heads(log_decay), heads(dt), D.reshape(-1), state)
-
-
-def pad_rows(a, axis):
-    """`a` with whole row blocks along `axis`."""
-    return jnp.pad(a, [(0, -a.shape[axis] % ROWS if i == axis else 0) for i in range(a.ndim)])
 
 
 def chunk_vectors(chunks, log_decay, dt):
