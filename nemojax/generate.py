@@ -15,6 +15,7 @@ from nemojax import checks, forward
 from nemojax.cache import Cache, init_cache
 from nemojax.errors import InputError
 from nemojax.model import Nemotron
+from pallas_kernels.tiles import TILE_ROWS
 
 
 class Sampling(NamedTuple):
