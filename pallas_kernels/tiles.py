@@ -1,4 +1,4 @@
-"""Whole tiles. The copy engine moves arrays in tiles of 8 rows: a number of rows that is no multiple does not compile."""
+"""Whole tiles: the copy engine moves arrays in tiles of 8 rows, and takes no array with a part of one."""
 
 from __future__ import annotations
 
