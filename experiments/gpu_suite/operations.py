@@ -12,8 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from experiments.gpu_suite import breakdown
 from experiments.gpu_suite.cases import Case, Work
-from experiments.gpu_suite.timing import compiled, count_of_sets, device_seconds, in_turn
+from experiments.gpu_suite.timing import calls_of_program, compiled, count_of_sets, device_seconds, in_turn
 
 ROUNDING = 2.0**-8  # of bfloat16
 
@@ -67,21 +68,24 @@ def _distance(actual, expected):
 
 
 def speed(case: Case, peaks: Work, pool: Executor) -> Iterator[dict[str, Any]]:
-    """Device time of each implementation. peaks: bytes and operations a second of the card."""
+    """Device time of each implementation, and of its kernels. peaks: bytes and operations a second of the card."""
     floor = max(case.least.nbytes / peaks.nbytes, case.least.flops / peaks.flops)
     inputs = jax.eval_shape(case.arrays, jax.random.key(0))
     count = count_of_sets(sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(inputs)), floor)
+    calls = calls_of_program(count, floor)
     programs = {
-        name: pool.submit(compiled, in_turn(case.call(name)), [inputs] * count) for name in case.implementations
+        name: pool.submit(compiled, in_turn(case.call(name)), [inputs] * calls) for name in case.implementations
     }
 
     def rows():
         sets = [case.arrays(key) for key in jax.random.split(jax.random.key(2), count)]
+        sets = [sets[i % count] for i in range(calls)]
         for name, program in programs.items():
 
             def timing(program=program):
                 measured = device_seconds(program.result(), sets)
                 return {
+                    "kernels": breakdown.kernels(program.result().run, sets, calls=calls),
                     "seconds": measured.seconds,
                     "compile_seconds": measured.compile_seconds,
                     "floor_seconds": floor,

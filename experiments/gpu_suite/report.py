@@ -34,7 +34,7 @@ def markdown(about: dict[str, str], rows: Sequence[dict[str, Any]]) -> str:
     lines = ["# " + about["card"], "", *(f"- {name}: {value}" for name, value in about.items()), ""]
     if problems := failures(rows):
         lines += ["## Failed", "", *(f"- {problem}" for problem in problems), ""]
-    return "\n".join([*lines, *_speeds(rows), *_model(rows), *_checks(rows)]).rstrip()
+    return "\n".join([*lines, *_speeds(rows), *_model(rows), *_kernels(rows), *_checks(rows)]).rstrip()
 
 
 def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
@@ -76,6 +76,17 @@ def _model(rows):
         share = f"{floor / row['seconds']:.0%}" if floor else ""
         body.append([row["case"], _time(row["seconds"]), _time(floor) if floor else "", share, rate, memory])
     return _table(["whole model", "time", "floor", "of the floor", "tokens/s", "peak memory"], body)
+
+
+def _kernels(rows):
+    """What takes a twentieth of a call or more."""
+    body = []
+    for row in (row for row in rows if row.get("kernels")):
+        total = sum(kernel["seconds"] for kernel in row["kernels"])
+        for kernel in (kernel for kernel in row["kernels"] if kernel["seconds"] >= total / 20):
+            numbers = [f"{kernel['launches']:,.4g}", _time(kernel["seconds"]), f"{kernel['seconds'] / total:.0%}"]
+            body.append([f"{row['case']} {row.get('implementation', '')}".rstrip(), f"`{kernel['name']}`", *numbers])
+    return _table(["where the time goes", "kernel", "launches", "time", "share"], body)
 
 
 def _checks(rows):

@@ -7,6 +7,7 @@ call takes on the device: dispatch, transfers and the wait at the end are in bot
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +18,8 @@ import jax
 CACHE = 50e6  # bytes of the L2 of an H100 or H200
 MOST = 4e9  # bytes of inputs
 REPEATS = 5
+CALLS = 8  # of a program, at the most: each is compiled
+QUEUE = 5e-4  # seconds of work that a program should bring, several times what starting it takes the host
 
 
 class Program(NamedTuple):
@@ -41,9 +44,14 @@ def compiled(function: Callable, *inputs: Any, **options: Any) -> Program:
 
 
 def count_of_sets(nbytes: int, expected: float) -> int:
-    """How many sets of inputs: too many for the cache, and long enough together for the host to keep up."""
-    sets = max(2 * CACHE / max(nbytes, 1), 2e-4 / max(expected, 1e-6), 2)
-    return int(max(1, min(sets, 16, MOST // max(nbytes, 1))))
+    """How many sets of inputs: too many for the cache, and no more than the memory should hold."""
+    sets = max(2 * CACHE / max(nbytes, 1), QUEUE / max(expected, 1e-6), 2)
+    return int(max(1, min(sets, CALLS, MOST // max(nbytes, 1))))
+
+
+def calls_of_program(sets: int, expected: float) -> int:
+    """How many calls in a program, so that the host, which needs a while to start one, keeps up."""
+    return max(sets, min(CALLS, math.ceil(QUEUE / max(expected, 1e-6))))
 
 
 def in_turn(run: Callable) -> Callable[[Sequence[tuple]], list]:

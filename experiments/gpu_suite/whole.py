@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments import rooflines
+from experiments.gpu_suite import breakdown
 from experiments.gpu_suite.cases import Work
 from experiments.gpu_suite.operations import attempt
 from experiments.gpu_suite.timing import compiled
@@ -87,6 +88,7 @@ def _prefill(config, program, params, tokens, peaks):
         "tokens_per_second": tokens / took,
         "floor_seconds": floor,
         "compile_seconds": program.compile_seconds,
+        "kernels": breakdown.kernels(program.run, params, ids, empty()),
         **_memory(),
     }
 
@@ -128,6 +130,7 @@ def _decode(config, program, params, batch, context, peaks):
         "tokens_per_second": batch / took,
         "floor_seconds": floor,
         "compile_seconds": program.compile_seconds,
+        "kernels": breakdown.kernels(program.run, params, token, _full(cache, context), jnp.int32(FEW), calls=FEW),
         **_memory(),
     }
 

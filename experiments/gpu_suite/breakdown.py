@@ -1,0 +1,35 @@
+"""Where the time goes: what each kernel of a program took, from the profiler."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+MOST = 20  # kernels
+
+
+def kernels(run: Callable, *inputs: Any, calls: int = 1) -> list[dict[str, Any]]:
+    """Name, launches and device seconds of the kernels that take longest, each for one of `calls` calls.
+
+    Kernels whose names differ by a number at the end count as one. Empty without a GPU.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            jax.block_until_ready(run(*inputs))
+        (path,) = Path(folder).rglob("*.xplane.pb")
+        data = jax.profiler.ProfileData.from_file(str(path))
+    seconds, launches = Counter(), Counter()
+    for plane in data.planes:
+        if not plane.name.startswith("/device:GPU"):
+            continue
+        for event in (event for line in plane.lines if line.name.startswith("Stream") for event in line.events):
+            name = re.sub(r"[._]?\d+$", "", event.name)
+            seconds[name] += event.duration_ns / 1e9 / calls
+            launches[name] += 1 / calls
+    return [{"name": name, "launches": launches[name], "seconds": took} for name, took in seconds.most_common(MOST)]
