@@ -57,6 +57,8 @@ def calls_of_program(sets: int, expected: float) -> int:
 def in_turn(run: Callable) -> Callable[[Sequence[tuple]], list]:
     """A function of sets of inputs, which calls `run(*inputs)` on one after the other."""
 
+    run = jax.jit(run)  # lowered once for all calls
+
     def calls(sets):
         outputs = []
         for arrays in sets:

@@ -15,12 +15,18 @@ from nemojax.layers.shell import declare
 from nemojax.segments import ALONE, Segments
 from nemojax.sharding import WHOLE, Shard
 from nemojax.specs import mlp_specs
+from pallas_kernels.expert_mlp import takes_kernels, token_mlp
 
 
 def relu2_mlp(
     x: Float[Array, "B T D"], up: Float[Array, "F D"], down: Float[Array, "F D"], dtype: Any = None
 ) -> Float[Array, "B T D"]:
     """`relu(x up^T)^2 down` in `dtype`, default that of `x` (squared ReLU, arXiv 2109.08668)."""
+    one = (x[0], up[None], down[None])
+    if x.shape[:2] == (1, 1) and takes_kernels(*one):
+        # An expert that the token takes: XLA sums the columns of `down` at a quarter of the memory's speed.
+        y = token_mlp(*one, jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), jnp.float32))
+        return y[None].astype(dtype or x.dtype)
     return dot_columns(jnp.square(jax.nn.relu(dot_rows(x, up))), down, dtype)
 
 

@@ -1,3 +1,3 @@
-from pallas_kernels.expert_mlp.api import expert_mlp, token_mlp
+from pallas_kernels.expert_mlp.api import expert_mlp, takes_kernels, token_mlp
 
-__all__ = ["expert_mlp", "token_mlp"]
+__all__ = ["expert_mlp", "takes_kernels", "token_mlp"]

@@ -31,6 +31,11 @@ _best_for_tokens = matvec.with_gradient_of(
 )
 
 
+def takes_kernels(x: jax.Array, up: jax.Array, down: jax.Array) -> bool:
+    """Whether None means the Hopper kernels for such arrays (those of `token_mlp`)."""
+    return on_hopper("token_mlp", mosaic_gpu.supports(x, up, down))
+
+
 def _choose(operation, implementations, best, name, *arrays):
     """The implementation called `name`; for None the best of each platform."""
     reason = mosaic_gpu.supports(*arrays)

@@ -188,7 +188,10 @@ def _consume(ring, mine, item_at, product, finish, thread, blocks):
         item = item_at(i)
         slot_of = lambda k: lax.rem(step + k, blocks.stages)
         release = lambda k: plgpu.barrier_arrive(ring.empty.at[slot_of(k)])
-        top = thread * blocks.consumer_rows
+        # Parts of 64 rows go around the consumers, so that what a group has left is divided between them; in shared
+        # memory the parts of a consumer are next to each other.
+        place = thread * blocks.consumer_rows
+        top_of = lambda part: (part * blocks.consumers + thread) * MATRIX_ROWS
 
         def pass_on():
             @pl.loop(0, item.steps)
@@ -201,19 +204,20 @@ def _consume(ring, mine, item_at, product, finish, thread, blocks):
                 @pl.loop(0, item.steps)
                 def _(k):
                     plgpu.barrier_wait(ring.full.at[slot_of(k)])
-                    product(acc, slot_of(k), pl.ds(pl.multiple_of(top, MATRIX_ROWS), rows))
-                    plgpu.wgmma_wait(1)
-                    pl.when(k > 0)(lambda: release(k - 1))
+                    product(acc, slot_of(k), pl.ds(pl.multiple_of(place, MATRIX_ROWS), rows))
+                    # A product in flight would hold a stage that could be loading, which costs more than the gap
+                    # between two products: the other consumer fills that.
+                    plgpu.wgmma_wait(0)
+                    release(k)
 
                 return acc[...]
 
             result = pl.run_scoped(multiply, plgpu.ACC((rows, blocks.columns), jnp.float32))
-            pl.when(item.steps > 0)(lambda: release(item.steps - 1))
-            for part in range(0, rows, MATRIX_ROWS):
-                finish(item, thread, top + part, result[part : part + MATRIX_ROWS])
+            for part in range(rows // MATRIX_ROWS):
+                finish(item, thread, top_of(part), result[part * MATRIX_ROWS : (part + 1) * MATRIX_ROWS])
 
         options = [pass_on] + [lambda rows=rows: compute(rows) for rows in blocks.row_choices]
-        needed = lax.div(item.end - top + MATRIX_ROWS - 1, MATRIX_ROWS)
+        needed = lax.div(item.end - top_of(0) + blocks.turn - 1, blocks.turn)
         lax.switch(jnp.clip(needed, 0, len(options) - 1), options)
         return step + item.steps
 
@@ -246,7 +250,7 @@ def _launch(body, operands, out, blocks, a_shape, b_shape, extra=()):
         scratch_types=[
             _swizzled(operands[-1].dtype, stages, *a_shape),
             _swizzled(operands[-1].dtype, stages, *b_shape),
-            plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=1 + len(blocks.pieces), num_barriers=stages),
             plgpu.Barrier(num_arrivals=consumers, num_barriers=stages),
             _swizzled(out.dtype, consumers, _SLOTS, MATRIX_ROWS, 128 // out.dtype.itemsize),
             *extra,
@@ -312,6 +316,13 @@ def _cut(index, size):
     return pl.ds(pl.multiple_of(index * size, size), size)
 
 
+def _load_tile(source, row, part, target, barrier, blocks):
+    """Copies the rows of a tile, those of a consumer next to each other."""
+    for first, place, size in blocks.pieces:
+        row_of = pl.ds(pl.multiple_of(row + first, _ALIGN), size)
+        plgpu.copy_gmem_to_smem(source.at[row_of, part], target.at[pl.ds(place, size)], barrier)
+
+
 def to_tiles(rows, weights, plan: Plan, activation: Callable) -> jax.Array:
     """`activation(rows @ weights[e]^T)` as tiles: rows [R, K], weights [E, N, K] -> [tiles * tile rows, N]."""
     experts, width, depth = weights.shape
@@ -322,8 +333,7 @@ def to_tiles(rows, weights, plan: Plan, activation: Callable) -> jax.Array:
     def expert_mlp_to_tiles(tiles, count, weights, rows, out, ring, slots):
         def load(item, k, slot, full):
             part = _cut(k, DEPTH)
-            tile = ring.a.at[slot, pl.ds(0, blocks.rows)]
-            plgpu.copy_gmem_to_smem(rows.at[pl.ds(item.row, blocks.rows), part], tile, full)
+            _load_tile(rows, item.row, part, ring.a.at[slot], full, blocks)
             column = _cut(item.column, blocks.columns)
             plgpu.copy_gmem_to_smem(weights.at[item.expert, column, part], ring.b.at[slot], full)
 
@@ -357,8 +367,7 @@ def to_rows(tiles, weights, plan: Plan, scale, dtype) -> jax.Array:
     def expert_mlp_to_rows(table, count, scale, weights, tiles, out, ring, slots, buffers):
         def load(item, k, slot, full):
             part = _cut(k, DEPTH)
-            tile = ring.a.at[slot, pl.ds(0, blocks.rows)]
-            plgpu.copy_gmem_to_smem(tiles.at[pl.ds(item.place, blocks.rows), part], tile, full)
+            _load_tile(tiles, item.place, part, ring.a.at[slot], full, blocks)
             column = _cut(item.column, blocks.columns)
             plgpu.copy_gmem_to_smem(weights.at[item.expert, part, column], ring.b.at[slot], full)
 

@@ -1,13 +1,14 @@
-"""Block sizes of the Hopper kernels of `mosaic_gpu.py`: a table for what was measured, a heuristic behind it.
+"""Block sizes of the Hopper kernels of `mosaic_gpu.py`: what was measured (`tuned.py`), a heuristic behind it.
 
-Nothing has been measured yet: the heuristic follows from what partly filled tiles waste and from what shared memory and
-registers hold.
+The heuristic follows from what partly filled tiles waste and from what shared memory and registers hold.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+
+from pallas_kernels.tuned import tuned
 
 SHARED_MEMORY = 232_448  # bytes that one thread block may use on an H100
 SMS = 132  # multiprocessors of an H100 or H200 SXM
@@ -39,13 +40,25 @@ class Blocks:
         return max(MATRIX_ROWS, self.rows // 2)
 
     @property
+    def turn(self) -> int:
+        """Rows from one part of 64 rows of a consumer to its next."""
+        return self.consumers * MATRIX_ROWS
+
+    @property
+    def pieces(self) -> tuple[tuple[int, int, int], ...]:
+        """How a tile is loaded: first row, place in shared memory, rows. Parts of 64 rows go around the consumers."""
+        if self.rows <= self.turn:
+            return ((0, 0, self.rows),)
+        parts = [divmod(part, self.consumers) for part in range(self.rows // MATRIX_ROWS)]
+        return tuple(
+            (i * MATRIX_ROWS, consumer * self.consumer_rows + turn * MATRIX_ROWS, MATRIX_ROWS)
+            for i, (turn, consumer) in enumerate(parts)
+        )
+
+    @property
     def row_choices(self) -> tuple[int, ...]:
         """Numbers of rows among which it has the choice, by how many belong to the group."""
         return tuple(range(MATRIX_ROWS, self.consumer_rows + 1, MATRIX_ROWS))
-
-
-# (rows of a tile, columns of the result): columns of a tile, where the heuristic is not the best.
-COLUMNS: dict[tuple[int, int], int] = {}
 
 
 def tile_rows(rows: int, experts: int) -> int:
@@ -56,7 +69,8 @@ def tile_rows(rows: int, experts: int) -> int:
     """
     mean = rows / min(experts, rows)
     span = mean + 3 * math.sqrt(mean) + 7
-    return next((size for size in (16, 32, 64, 128) if span <= size), 256)
+    enough = next((size for size in (16, 32, 64, 128) if span <= size), 256)
+    return (tuned("expert_mlp rows", enough) or [enough])[0]
 
 
 def blocks(rows: int, width: int, slots: int) -> Blocks:
@@ -64,7 +78,7 @@ def blocks(rows: int, width: int, slots: int) -> Blocks:
 
     slots: pieces of the result, 64 rows of 128 bytes, that each consumer holds beside the stages.
     """
-    columns = COLUMNS.get((rows, width)) or _columns(rows, width)
+    (columns,) = tuned("expert_mlp columns", rows, width) or [_columns(rows, width)]
     results = Blocks(rows, columns, 0).consumers * MATRIX_ROWS * 128 * slots
     stage = 2 * DEPTH * (max(MATRIX_ROWS, rows) + columns)
     return Blocks(rows, columns, min(8, (SHARED_MEMORY - 2048 - results) // stage))

@@ -1,8 +1,10 @@
-"""Block sizes of the Mosaic GPU kernels: a table of shapes that were looked at, and a rule for all others."""
+"""Block sizes of the Mosaic GPU kernels: what was measured (`tuned.py`), and a rule for all other shapes."""
 
 from __future__ import annotations
 
 import dataclasses
+
+from pallas_kernels.tuned import tuned
 
 # Streaming multiprocessors of an H100 or H200 SXM. A launch should offer each of them several blocks of work, or one.
 PROCESSORS = 132
@@ -41,18 +43,11 @@ class Backward:
     chunks: int = 1
 
 
-# (queries, keys, heads, groups) -> blocks, where a measurement disagrees with the rule below.
-FORWARD: dict[tuple[int, int, int, int], Forward] = {}
-BACKWARD: dict[tuple[int, int, int, int], Backward] = {}
-
-
 def forward(batch: int, length: int, size: int, heads: int, groups: int) -> Forward:
     """Blocks for `length` queries against `size` key slots."""
-    if found := FORWARD.get((length, size, heads, groups)):
-        return found
     rows = length * (heads // groups)
     if rows > PACKED_ROWS:
-        return Forward()
+        return Forward(*(tuned("flash_attention forward", length, size, heads, groups) or []))
     # Decoding: so few tiles that only parts of the cache can occupy the processors.
     tiles, blocks = batch * groups * -(-rows // 64), -(-size // Forward.keys)
     return Forward(warpgroups=1, pack=True, splits=max(1, min(blocks, PROCESSORS // tiles)))
@@ -60,8 +55,8 @@ def forward(batch: int, length: int, size: int, heads: int, groups: int) -> Forw
 
 def backward(batch: int, length: int, size: int, heads: int, groups: int, packed: bool) -> Backward:
     """Blocks for the gradients of `length` queries against `size` key slots."""
-    if found := BACKWARD.get((length, size, heads, groups)):
-        return found
+    if found := tuned("flash_attention backward", length, size, heads, groups, int(packed)):
+        return Backward(*found)
     share = heads // groups
     tiles = batch * groups * -(-size // 128)  # the first ones are seen by all queries, the last ones by few
     chunks = next((c for c in range(1, share) if share % c == 0 and tiles * c >= 3 * PROCESSORS), share)

@@ -1,8 +1,10 @@
-"""How the Hopper kernels cut the work: the one place with block sizes."""
+"""How the Hopper kernels cut the work: what was measured (`tuned.py`), and a rule for all other shapes."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
+
+from pallas_kernels.tuned import tuned
 
 CHUNK = 64  # tokens: the fewest products a token (the state costs 2 P N whatever the chunk, the links 2 (N + P) chunk)
 ROWS = 64  # rows of a state that one warpgroup holds: the height of a wgmma
@@ -64,7 +66,12 @@ def gradient_slots(state: int) -> int:
 
 
 def _piece(chunks: int, thread_blocks: int) -> int:
-    """The piece length with the shortest schedule: rounds of blocks on the multiprocessors, times a block's chunks."""
+    """The piece length that was measured, or else the one with the shortest schedule.
+
+    That is rounds of thread blocks on the multiprocessors, times the chunks of a thread block.
+    """
+    if found := tuned("ssd piece", chunks, thread_blocks):
+        return found[0]
 
     def time(piece):
         pieces = -(-chunks // piece)

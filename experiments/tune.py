@@ -1,0 +1,165 @@
+"""Refills the table of block sizes, `pallas_kernels/tuned.json`, on a GPU.
+
+    python -m experiments.tune [--operations experts,attention,scan] [--models nano,super,ultra] [--tokens 8192]
+
+Times every candidate at the shapes of a prefill, beside the rule that holds for shapes that are not in the table. What
+beats the rule by more than 2 % goes into the table; for the other shapes that were timed, what was there goes.
+Exit status: 0, 2 without a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+
+import nemojax
+from experiments.gpu_suite import cases
+from experiments.gpu_suite.cases import Case
+from experiments.gpu_suite.timing import Program, device_seconds, in_turn
+from nemojax.config import Config
+from pallas_kernels.ssd.tuning import CHUNK
+from pallas_kernels.tuned import PATH, Table, using
+
+MODELS = {"nano": "nano-30b-a3b", "super": "super-120b-a12b", "ultra": "ultra-550b-a55b"}
+GAIN = 0.02
+SETS = 2  # of inputs; each is larger than the L2
+
+
+class Choice(NamedTuple):
+    """An operation at a shape, and the tables to try for it."""
+
+    case: Case
+    candidates: tuple[Table, ...]
+
+
+def experts(config: Config, tokens: int) -> Choice:
+    """Rows of a tile and columns of both products, where groups are large."""
+    sizes = [(256, 128, 128), (128, 192, 192), (128, 256, 256), (128, 192, 256)]
+    tables = [
+        {
+            "expert_mlp rows": {"256": [rows]},
+            "expert_mlp columns": {
+                f"{rows},{config.moe_intermediate_size}": [up],
+                f"{rows},{config.expert_width}": [down],
+            },
+        }
+        for rows, up, down in sizes
+    ]
+    return Choice(cases.experts_case(config, tokens), tuple(tables))
+
+
+def attention(config: Config, tokens: int, *, gradient: bool = False) -> Choice:
+    """Keys in a block and blocks in flight; for the gradients, in how many parts the heads of a group go too."""
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    case = cases.attention_case(config, 1, tokens, gradient=gradient)
+    if not gradient:
+        key = f"{tokens},{tokens},{heads},{groups}"
+        return Choice(case, tuple({"flash_attention forward": {key: [*size]}} for size in ((128, 2), (64, 4))))
+    key = f"{tokens},{tokens},{heads},{groups},0"
+    parts = [n for n in (1, 2, 4, 8, 16) if (heads // groups) % n == 0]
+    sizes = itertools.product((64, 128), (2,), (2,), parts)
+    return Choice(case, tuple({"flash_attention backward": {key: [*size]}} for size in sizes))
+
+
+def scan(config: Config, tokens: int) -> Choice:
+    """Chunks in a piece."""
+    chunks = -(-tokens // CHUNK)
+    share = 2 if config.mamba_heads_per_group % 2 == 0 else 1  # heads of a thread block
+    key = f"{chunks},{config.mamba_num_heads // share}"
+    pieces = sorted({-(-chunks // count) for count in (1, 2, 3, 4, 5, 6, 8)})
+    return Choice(cases.ssd_case(config, 1, tokens), tuple({"ssd piece": {key: [piece]}} for piece in pieces))
+
+
+OPERATIONS: dict[str, Callable[[Config, int], Sequence[Choice]]] = {
+    "experts": lambda config, tokens: [experts(config, tokens)],
+    "attention": lambda config, tokens: [attention(config, tokens), attention(config, tokens, gradient=True)],
+    "scan": lambda config, tokens: [scan(config, tokens)],
+}
+
+
+def merged(table: Table, more: Table) -> dict[str, dict[str, list[int]]]:
+    """Both tables in one; the second one counts where both say something."""
+    return {name: {**table.get(name, {}), **more.get(name, {})} for name in sorted({*table, *more})}
+
+
+def without(table: Table, choice: Choice) -> dict[str, dict[str, list[int]]]:
+    """The table without the shapes of a choice."""
+    tried = {(name, shape) for more in choice.candidates for name, shapes in more.items() for shape in shapes}
+    kept = {name: {s: v for s, v in shapes.items() if (name, s) not in tried} for name, shapes in table.items()}
+    return {name: shapes for name, shapes in kept.items() if shapes}
+
+
+def best(choice: Choice, seconds: Sequence[float | None]) -> Table:
+    """What goes into the table. seconds: of the rule, then of each candidate; None where it could not run."""
+    rule, *others = seconds
+    found = [(took, i) for i, took in enumerate(others) if took is not None]
+    if rule is None or not found or min(found)[0] > (1 - GAIN) * rule:
+        return {}
+    return choice.candidates[min(found)[1]]
+
+
+def _lowered(choice: Choice, table: Table, pool: ThreadPoolExecutor) -> Iterator[Future]:
+    """The programs of the rule and of each candidate, compiled in the pool."""
+    inputs = [jax.eval_shape(choice.case.arrays, jax.random.key(0))] * SETS
+    for more in ({}, *choice.candidates):
+        with using(merged(table, more)):
+            # Tracing knows nothing of the table: what it has seen before would be taken from its cache.
+            jax.clear_caches()
+            lowered = jax.jit(in_turn(choice.case.call("mosaic_gpu"))).lower(inputs)
+        yield pool.submit(lowered.compile)
+
+
+def _seconds(programs: Sequence[Future], choice: Choice) -> list[float | None]:
+    sets = [choice.case.arrays(jax.random.key(2))] * SETS
+    seconds = []
+    for program, table in zip(programs, ({}, *choice.candidates), strict=True):
+        try:
+            seconds.append(device_seconds(Program(program.result(), 0.0), sets).seconds)
+        except Exception as error:  # too large, say: the others may run
+            print(f"{choice.case.name} {json.dumps(table)}: {str(error).splitlines()[0][:120]}", flush=True)
+            seconds.append(None)
+            continue
+        print(f"{choice.case.name} {json.dumps(table) if table else 'rule'}: {seconds[-1] * 1e6:,.1f} us", flush=True)
+    return seconds
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.tune", description=__doc__.splitlines()[0])
+    parser.add_argument("--operations", default=",".join(OPERATIONS), help="by commas (default: %(default)s)")
+    parser.add_argument("--models", default="nano", help="by commas, of nano, super, ultra (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=8192, help="of the prefill (default: %(default)s)")
+    parser.add_argument("--table", type=Path, default=PATH, help="the file (default: %(default)s)")
+    args = parser.parse_args(argv)
+    operations, models = args.operations.split(","), args.models.split(",")
+    for name, known in ((operations, OPERATIONS), (models, MODELS)):
+        if unknown := set(name) - set(known):
+            parser.error(f"unknown {', '.join(sorted(unknown))}; known: {', '.join(known)}")
+    if jax.default_backend() != "gpu":
+        print("tune: JAX finds no NVIDIA GPU", file=sys.stderr)
+        return 2
+    table = json.loads(args.table.read_text(encoding="utf-8")) if args.table.exists() else {}
+    configs = [nemojax.preset(MODELS[name]) for name in models]
+    choices = [c for name in operations for config in configs for c in OPERATIONS[name](config, args.tokens)]
+    for choice in choices:
+        table = without(table, choice)
+    with ThreadPoolExecutor() as pool:
+        programs = [list(_lowered(choice, table, pool)) for choice in choices]
+    for choice, candidates in zip(choices, programs, strict=True):
+        table = merged(table, best(choice, _seconds(candidates, choice)))
+        partial = args.table.with_name(args.table.name + ".partial")
+        partial.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+        partial.replace(args.table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,33 @@
+"""Block sizes that were measured: `tuned.json`, which `python -m experiments.tune` writes on a GPU.
+
+The one table of all kernels. Each has a rule of its own (`tuning.py`) for what is not in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+PATH = Path(__file__).with_name("tuned.json")
+# operation -> shape, its numbers joined by commas -> block sizes; what they mean is the operation's to say.
+Table = Mapping[str, Mapping[str, list[int]]]
+
+_table: Table = json.loads(PATH.read_text(encoding="utf-8"))
+
+
+def tuned(operation: str, *shape: int) -> list[int] | None:
+    """The block sizes that the table has for this shape, or None."""
+    return _table.get(operation, {}).get(",".join(map(str, shape)))
+
+
+@contextlib.contextmanager
+def using(table: Table) -> Iterator[None]:
+    """Another table while programs are traced; not for several threads at once."""
+    global _table
+    before, _table = _table, table
+    try:
+        yield
+    finally:
+        _table = before
