@@ -41,18 +41,10 @@ class Choice(NamedTuple):
 
 
 def experts(config: Config, tokens: int) -> Choice:
-    """Rows of a tile and columns of both products, where groups are large."""
-    sizes = [(256, 128, 128), (128, 192, 192), (128, 256, 256), (128, 192, 256)]
-    tables = [
-        {
-            "expert_mlp rows": {"256": [rows]},
-            "expert_mlp columns": {
-                f"{rows},{config.moe_intermediate_size}": [up],
-                f"{rows},{config.expert_width}": [down],
-            },
-        }
-        for rows, up, down in sizes
-    ]
+    """Columns of a tile in both products, where groups are large."""
+    sizes = itertools.product((128, 192, 256), repeat=2)
+    keys = [f"128,{width}" for width in (config.moe_intermediate_size, config.expert_width)]
+    tables = ({"expert_mlp columns": dict(zip(keys, ([up], [down]), strict=True))} for up, down in sizes)
     return Choice(cases.experts_case(config, tokens), tuple(tables))
 
 

@@ -1,4 +1,4 @@
-"""Grouped expert MLP for Hopper (Mosaic GPU): bfloat16 in, float32 sums, wgmma fed by TMA. Not timed yet.
+"""Grouped expert MLP for Hopper (Mosaic GPU): bfloat16 in, float32 sums, wgmma fed by TMA.
 
 Three products, each one persistent kernel:
 
@@ -15,15 +15,16 @@ that store zeros without computing.
 **Kernel.** One thread block a multiprocessor. A producer warpgroup walks over the block's items (tile, column block)
 and over the summed dimension and fills a ring of stages by TMA; it runs ahead across items, so the ring never drains.
 One or two consumer warpgroups multiply, each its rows of the tile (wgmma reads both operands from shared memory, one
-product stays in flight), and send results out by TMA from small double buffers. A consumer multiplies only as many
-times 64 rows as hold rows of the group, so a group costs matrix time in steps of 64 rows. Items are ordered expert,
-column block, tile: tiles that need the same weights run at the same time and find them in L2.
+product stays in flight), and send results out by TMA from small double buffers. A consumer whose 64 rows hold none of
+the group does not multiply, so a group costs matrix time in steps of 64 rows. Items are ordered expert, column block,
+tile: tiles that need the same weights run at the same time and find them in L2.
 
 **Roofline** (H100: 989 TFLOP/s, 3.35 TB/s), Nano, 8192 tokens: 49,152 rows of 2688, F = 1856, 128 experts. 0.98 TFLOP
 are 0.99 ms; 2.55 GB of weights are 0.76 ms of memory, rows in and out 0.24 ms, hidden units 0.11 ms. Steps of 64 rows
-add 9 % to groups of 384, column blocks of 192 add 3 % to F. L2 is the narrow place: a stage of 256 x 192 sums reads
-56 KB for 6.3 MFLOP, 6.2 TB/s at 70 % of the matrix rate (128 x 192 would need 8.8). At 64 tokens, 3 rows an expert,
-only the weights count, 0.73 ms: tiles have 16 rows, and what matters is that 144 KB a multiprocessor are in flight.
+add 9 % to groups of 384, column blocks of 192 add 3 % to F. L2 is the narrow place: a stage of 128 x 192 sums reads
+40 KB for 3.1 MFLOP, 7.8 TB/s in the 0.99 ms that the up projection takes on an H100. Tiles of 256 rows read less, but
+leave room for three stages only, and take 1.14 ms. At 64 tokens, 3 rows an expert, only the weights count, 0.73 ms:
+tiles have 16 rows, and what matters is that 144 KB a multiprocessor are in flight.
 
 **Backward.** Recomputes the hidden units h, multiplies dh = dy @ down^T, and from both, in plain JAX,
 d(relu) = 2 sqrt(h) dh w and dw = sum(dh h); then the other three products. dy, dh and d(relu) are rounded to bfloat16.
@@ -188,10 +189,7 @@ def _consume(ring, mine, item_at, product, finish, thread, blocks):
         item = item_at(i)
         slot_of = lambda k: lax.rem(step + k, blocks.stages)
         release = lambda k: plgpu.barrier_arrive(ring.empty.at[slot_of(k)])
-        # Parts of 64 rows go around the consumers, so that what a group has left is divided between them; in shared
-        # memory the parts of a consumer are next to each other.
-        place = thread * blocks.consumer_rows
-        top_of = lambda part: (part * blocks.consumers + thread) * MATRIX_ROWS
+        top = thread * MATRIX_ROWS
 
         def pass_on():
             @pl.loop(0, item.steps)
@@ -199,26 +197,22 @@ def _consume(ring, mine, item_at, product, finish, thread, blocks):
                 plgpu.barrier_wait(ring.full.at[slot_of(k)])
                 release(k)
 
-        def compute(rows):
+        def compute():
             def multiply(acc):
                 @pl.loop(0, item.steps)
                 def _(k):
                     plgpu.barrier_wait(ring.full.at[slot_of(k)])
-                    product(acc, slot_of(k), pl.ds(pl.multiple_of(place, MATRIX_ROWS), rows))
-                    # A product in flight would hold a stage that could be loading, which costs more than the gap
-                    # between two products: the other consumer fills that.
-                    plgpu.wgmma_wait(0)
-                    release(k)
+                    product(acc, slot_of(k), pl.ds(pl.multiple_of(top, MATRIX_ROWS), MATRIX_ROWS))
+                    plgpu.wgmma_wait(1)
+                    pl.when(k > 0)(lambda: release(k - 1))
 
                 return acc[...]
 
-            result = pl.run_scoped(multiply, plgpu.ACC((rows, blocks.columns), jnp.float32))
-            for part in range(rows // MATRIX_ROWS):
-                finish(item, thread, top_of(part), result[part * MATRIX_ROWS : (part + 1) * MATRIX_ROWS])
+            result = pl.run_scoped(multiply, plgpu.ACC((MATRIX_ROWS, blocks.columns), jnp.float32))
+            pl.when(item.steps > 0)(lambda: release(item.steps - 1))
+            finish(item, thread, top, result)
 
-        options = [pass_on] + [lambda rows=rows: compute(rows) for rows in blocks.row_choices]
-        needed = lax.div(item.end - top_of(0) + blocks.turn - 1, blocks.turn)
-        lax.switch(jnp.clip(needed, 0, len(options) - 1), options)
+        lax.cond(item.end > top, compute, pass_on)
         return step + item.steps
 
     lax.fori_loop(0, mine, one, 0)
@@ -250,7 +244,7 @@ def _launch(body, operands, out, blocks, a_shape, b_shape, extra=()):
         scratch_types=[
             _swizzled(operands[-1].dtype, stages, *a_shape),
             _swizzled(operands[-1].dtype, stages, *b_shape),
-            plgpu.Barrier(num_arrivals=1 + len(blocks.pieces), num_barriers=stages),
+            plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             plgpu.Barrier(num_arrivals=consumers, num_barriers=stages),
             _swizzled(out.dtype, consumers, _SLOTS, MATRIX_ROWS, 128 // out.dtype.itemsize),
             *extra,
@@ -316,13 +310,6 @@ def _cut(index, size):
     return pl.ds(pl.multiple_of(index * size, size), size)
 
 
-def _load_tile(source, row, part, target, barrier, blocks):
-    """Copies the rows of a tile, those of a consumer next to each other."""
-    for first, place, size in blocks.pieces:
-        row_of = pl.ds(pl.multiple_of(row + first, _ALIGN), size)
-        plgpu.copy_gmem_to_smem(source.at[row_of, part], target.at[pl.ds(place, size)], barrier)
-
-
 def to_tiles(rows, weights, plan: Plan, activation: Callable) -> jax.Array:
     """`activation(rows @ weights[e]^T)` as tiles: rows [R, K], weights [E, N, K] -> [tiles * tile rows, N]."""
     experts, width, depth = weights.shape
@@ -333,7 +320,8 @@ def to_tiles(rows, weights, plan: Plan, activation: Callable) -> jax.Array:
     def expert_mlp_to_tiles(tiles, count, weights, rows, out, ring, slots):
         def load(item, k, slot, full):
             part = _cut(k, DEPTH)
-            _load_tile(rows, item.row, part, ring.a.at[slot], full, blocks)
+            tile = ring.a.at[slot, pl.ds(0, blocks.rows)]
+            plgpu.copy_gmem_to_smem(rows.at[pl.ds(item.row, blocks.rows), part], tile, full)
             column = _cut(item.column, blocks.columns)
             plgpu.copy_gmem_to_smem(weights.at[item.expert, column, part], ring.b.at[slot], full)
 
@@ -367,7 +355,8 @@ def to_rows(tiles, weights, plan: Plan, scale, dtype) -> jax.Array:
     def expert_mlp_to_rows(table, count, scale, weights, tiles, out, ring, slots, buffers):
         def load(item, k, slot, full):
             part = _cut(k, DEPTH)
-            _load_tile(tiles, item.place, part, ring.a.at[slot], full, blocks)
+            tile = ring.a.at[slot, pl.ds(0, blocks.rows)]
+            plgpu.copy_gmem_to_smem(tiles.at[pl.ds(item.place, blocks.rows), part], tile, full)
             column = _cut(item.column, blocks.columns)
             plgpu.copy_gmem_to_smem(weights.at[item.expert, part, column], ring.b.at[slot], full)
 

@@ -17,11 +17,11 @@ FEATURES, WIDTH, SMALL, MEDIUM, LARGE = 128, 192, 44, 203, 320
 
 @pytest.fixture(autouse=True, scope="module")
 def interpreter():
-    """Two multiprocessors, each with three stages; tiles of 16, 64 and 256 rows for the numbers of rows above."""
+    """Two multiprocessors, each with three stages; tiles of 16, 64 and 128 rows for the numbers of rows above."""
     jax.clear_caches()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tuning, "SMS", 2)
-        patch.setattr(tuning, "tile_rows", lambda rows, experts: 16 if rows <= SMALL else 64 if rows <= MEDIUM else 256)
+        patch.setattr(tuning, "tile_rows", lambda rows, experts: 16 if rows <= SMALL else 64 if rows <= MEDIUM else 128)
         patch.setattr(tuning, "blocks", lambda rows, width, slots: tuning.Blocks(rows, 128, 3))
         with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
             yield

@@ -19,7 +19,7 @@ def items_of(work, tile_rows):
     return jax.vmap(item_at)(jnp.arange(work.tiles.shape[0] * COLUMNS))
 
 
-@pytest.mark.parametrize("tile_rows", [8, 16, 64, 256])
+@pytest.mark.parametrize("tile_rows", [8, 16, 64, 128])
 def test_every_row_has_one_tile_of_its_expert(monkeypatch, tile_rows):
     """And every tile has each column block once; tiles begin at multiples of 8 rows."""
     monkeypatch.setattr(pl, "multiple_of", lambda x, _: x)  # a hint to the compiler, unknown outside of a kernel
@@ -42,7 +42,7 @@ def test_every_row_has_one_tile_of_its_expert(monkeypatch, tile_rows):
         assert real * COLUMNS == (items[-1] > 0).sum()
 
 
-@pytest.mark.parametrize("rows", [8, 16, 32, 64, 128, 256])
+@pytest.mark.parametrize("rows", [8, 16, 32, 64, 128])
 @pytest.mark.parametrize("width", [64, 1024, 1856, 2048, 2688, 5120])
 def test_blocks_fill_shared_memory_and_no_more(rows, width):
     blocks = tuning.blocks(rows, width, slots=3)
@@ -52,6 +52,6 @@ def test_blocks_fill_shared_memory_and_no_more(rows, width):
     assert blocks.stages == 8 or used + stage > tuning.SHARED_MEMORY - 2048
 
 
-@pytest.mark.parametrize("mean, rows", [(1, 16), (3, 16), (8, 32), (22, 64), (48, 128), (384, 256)])
+@pytest.mark.parametrize("mean, rows", [(1, 16), (3, 16), (8, 32), (22, 64), (48, 128), (384, 128)])
 def test_tiles_hold_a_group_of_usual_size(mean, rows):
     assert tuning.tile_rows(mean * 128, 128) == rows
