@@ -9,6 +9,7 @@ from pallas_kernels.tuned import tuned
 CHUNK = 64  # tokens: the fewest products a token (the state costs 2 P N whatever the chunk, the links 2 (N + P) chunk)
 ROWS = 64  # rows of a state that one warpgroup holds: the height of a wgmma
 MULTIPROCESSORS = 132
+SHARED_MEMORY = 232_448  # bytes of a thread block
 # Registers a thread of the linking warpgroup and of the two that hold states: 152 + 2 * 176 = 3 * 168.
 REGISTERS = (152, 176)
 # The same of the loading warpgroup and of the two others in the gradient of a chunk.
@@ -61,8 +62,9 @@ def plan_of(x: Any, B: Any, *, interpret: bool) -> Plan:
 
 
 def gradient_slots(state: int) -> int:
-    """Units in flight in the gradient of a chunk; 2 fill the shared memory for a state of 256."""
-    return 2 if state > 128 else 3
+    """Units in flight in the gradient of a chunk: as many as the shared memory holds beside B and C."""
+    slot, shared = 2 * CHUNK * (2 * ROWS + 2 * state) + 3 * 4 * CHUNK, 2 * 2 * CHUNK * state
+    return min(3, (SHARED_MEMORY - 4096 - shared) // slot)
 
 
 def _piece(chunks: int, thread_blocks: int) -> int:
