@@ -136,7 +136,7 @@ def _chunk_gradients(plan, inputs, skip):
     (batch, _, heads, width), (groups, state_size) = x.shape, B.shape[2:]
     blocks, padded = width // ROWS, plan.chunks * CHUNK
     units = heads // groups * blocks
-    slabs, slots = state_size // ROWS, min(units, tuning.gradient_slots(state_size))
+    slabs, slots = state_size // ROWS, min(units, tuning.GRADIENT_SLOTS)
     scratch = _Scratch(
         B=parts.matrices(CHUNK, state_size),
         C=parts.matrices(CHUNK, state_size),

@@ -9,11 +9,12 @@ from pallas_kernels.tuned import tuned
 CHUNK = 64  # tokens: the fewest products a token (the state costs 2 P N whatever the chunk, the links 2 (N + P) chunk)
 ROWS = 64  # rows of a state that one warpgroup holds: the height of a wgmma
 MULTIPROCESSORS = 132
-SHARED_MEMORY = 232_448  # bytes of a thread block
 # Registers a thread of the linking warpgroup and of the two that hold states: 152 + 2 * 176 = 3 * 168.
 REGISTERS = (152, 176)
 # The same of the loading warpgroup and of the two others in the gradient of a chunk.
 GRADIENT_REGISTERS = (24, 240)
+GRADIENT_SLOTS = 3  # units in flight there
+GRADIENT_STATE = 128  # the largest state size whose gradient the registers hold
 _SHORTEST_PIECE = 4  # chunks; a piece costs the reading and writing of a state, as much as 2 to 3 chunks of inputs
 _FIRST_PASS = 0.5  # time of a chunk in the first pass, in chunks of the second
 
@@ -59,12 +60,6 @@ def plan_of(x: Any, B: Any, *, interpret: bool) -> Plan:
     """The plan for a scan of x [B, T, K, P] and B [B, T, G, N]."""
     (batch, length, heads, width), (groups, state) = x.shape, B.shape[2:]
     return plan(batch, length, heads, heads // groups, width, state, interpret=interpret)
-
-
-def gradient_slots(state: int) -> int:
-    """Units in flight in the gradient of a chunk: as many as the shared memory holds beside B and C."""
-    slot, shared = 2 * CHUNK * (2 * ROWS + 2 * state) + 3 * 4 * CHUNK, 2 * 2 * CHUNK * state
-    return min(3, (SHARED_MEMORY - 4096 - shared) // slot)
 
 
 def _piece(chunks: int, thread_blocks: int) -> int:

@@ -55,3 +55,10 @@ def test_float32_takes_xla():
     arrays = [jax.ShapeDtypeStruct(a.shape, jnp.float32) for a in arguments("nano", 256, 256, False)[:3]]
     report = compile_for_h100(lambda q, k, v: flash_attention(q, k, v), *arrays)
     assert not report.kernels
+
+
+@pytest.mark.parametrize("length, size", [(3, 5), (129, 2047)])
+def test_any_length(length, size):
+    """Lengths that 8 does not divide, forward and backward."""
+    names = ["attention_forward", "attention_dq", "attention_dkv"]
+    check(compile_for_h100(gradients, *arguments("nano", length, size, True)), names)
