@@ -1,7 +1,8 @@
 # make demo    the main job on a small checkpoint: inspect, convert, load, run, compare, export
-# make test    lint and the whole test suite (no torch needed)
+# make test    lint and the test suite (no torch needed)
 # make kernels the Hopper kernels without a GPU: run by the interpreter, compiled for an abstract H100
 # make parity  live comparison with transformers (Python 3.11, torch on the CPU)
+# make extended  further cases of what `make test` and `make parity` prove: hours
 # make bench   CPU speed beside transformers
 # Each makes the environment that it needs.
 
@@ -19,7 +20,7 @@ works = $(shell for p in $(1); do "$$p" -c 'import sys, venv, ensurepip; sys.exi
 PYTHON ?= $(call works,python3.12 python3.11 python3.13 python3)
 PYTHON_311 ?= $(call works,python3.11)
 
-.PHONY: help demo test kernels lint parity bench clean
+.PHONY: help demo test kernels lint parity extended bench clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -45,14 +46,18 @@ lint: .venv/ready
 	.venv/bin/ruff format --check .
 
 test: lint
-	.venv/bin/python -m pytest --ignore tests/parity --ignore tests/kernels_h100 --ignore-glob '*_mosaic.py' \
-		--numprocesses 2 --dist loadfile
+	.venv/bin/python -m pytest -m "not extended" --ignore tests/parity --ignore tests/kernels_h100 \
+		--ignore-glob '*_mosaic.py' --numprocesses 2 --dist loadfile
 
 kernels: .venv/ready
 	.venv/bin/python -m pytest tests/kernels_h100 tests/pallas_kernels/test_*_mosaic.py --numprocesses 2 --dist loadfile
 
 parity: .venv-parity/ready
-	.venv-parity/bin/python -m pytest tests/parity --numprocesses 2 --dist loadfile
+	.venv-parity/bin/python -m pytest -m "not extended" tests/parity --numprocesses 2 --dist loadfile
+
+extended: .venv/ready .venv-parity/ready
+	.venv/bin/python -m pytest -m extended --ignore tests/parity --numprocesses 2 --dist loadfile
+	.venv-parity/bin/python -m pytest -m extended tests/parity --numprocesses 2 --dist loadfile
 
 bench: .venv/ready .venv-parity/ready
 	.venv/bin/python -m experiments.bench_forward

@@ -32,6 +32,18 @@ hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=Tr
 hypothesis.settings.load_profile("repeatable")
 
 
+# See the file.
+_EXTENDED = tuple(
+    line for line in (_ROOT / "tests/extended.txt").read_text().splitlines() if line and not line.startswith("#")
+)
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.nodeid.startswith(_EXTENDED):
+            item.add_marker(pytest.mark.extended)
+
+
 @pytest.fixture
 def annotations_off():
     """Lets a wrong argument through to the checks that a user meets, who runs without annotation checks."""
