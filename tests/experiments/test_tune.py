@@ -1,0 +1,80 @@
+"""The table of block sizes, and what the script makes of measured times."""
+
+import pytest
+
+import nemojax
+from experiments import tune
+from pallas_kernels import tuned
+from pallas_kernels.expert_mlp import tuning as experts
+from pallas_kernels.flash_attention import tuning as attention
+from pallas_kernels.ssd import tuning as scan
+
+NANO = nemojax.preset("nano-30b-a3b")
+CHOICES = {
+    "experts": tune.experts(NANO, 8192),
+    "attention": tune.attention(NANO, 8192),
+    "attention-gradient": tune.attention(NANO, 8192, gradient=True),
+    "scan": tune.scan(NANO, 8192),
+}
+
+
+def blocks():
+    """What the kernels of Nano would take at 8,192 tokens."""
+    heads, groups = NANO.num_attention_heads, NANO.num_key_value_heads
+    return (
+        *(experts.blocks(128, width, 2) for width in (NANO.moe_intermediate_size, NANO.hidden_size)),
+        attention.forward(1, 8192, 8192, heads, groups),
+        attention.backward(1, 8192, 8192, heads, groups, False),
+        scan.plan(1, 8192, NANO.mamba_num_heads, 8, 64, 128, interpret=False),
+    )
+
+
+@pytest.mark.parametrize("choice", CHOICES.values(), ids=CHOICES)
+def test_the_kernels_take_what_is_in_the_table(choice):
+    """Each candidate is a table of its own, and the kernels see it: no key is spelled differently on either side."""
+    seen = []
+    for table in choice.candidates:
+        with tuned.using(table):
+            seen.append(blocks())
+    assert len(set(map(repr, seen))) == len(choice.candidates) > 1
+
+
+def test_another_table_is_gone_afterwards():
+    before = blocks()
+    with pytest.raises(KeyError), tuned.using(CHOICES["scan"].candidates[0]):
+        raise KeyError
+    assert blocks() == before
+
+
+@pytest.mark.parametrize(
+    "seconds, winner",
+    [
+        ([1.0, 0.97, 0.9], 1),
+        ([1.0, 0.99, 1.2], None),
+        ([1.0, None, 0.5], 1),
+        ([1.0, None, None], None),
+        ([None, 1.0, 1.0], None),
+    ],
+    ids=["fastest", "not-worth-it", "one-cannot-run", "none-can-run", "rule-cannot-run"],
+)
+def test_what_goes_into_the_table(seconds, winner):
+    choice = tune.Choice(CHOICES["scan"].case, CHOICES["scan"].candidates[:2])
+    assert tune.best(choice, seconds) == ({} if winner is None else choice.candidates[winner])
+
+
+def test_only_the_shapes_that_were_timed_change():
+    table = {"ssd piece": {"128,32": [16], "7,7": [3]}, "flash_attention forward": {"1,1,1,1": [128, 2]}}
+    kept = tune.without(table, CHOICES["scan"])
+    assert kept == {"ssd piece": {"7,7": [3]}, "flash_attention forward": {"1,1,1,1": [128, 2]}}
+    assert tune.merged(kept, {"ssd piece": {"128,32": [32]}})["ssd piece"] == {"7,7": [3], "128,32": [32]}
+
+
+def test_without_a_gpu(capsys):
+    assert tune.main([]) == 2
+    assert capsys.readouterr().err == "tune: JAX finds no NVIDIA GPU\n"
+
+
+def test_an_unknown_operation(capsys):
+    with pytest.raises(SystemExit):
+        tune.main(["--operations", "scans"])
+    assert "unknown scans; known: experts, attention, scan" in capsys.readouterr().err
