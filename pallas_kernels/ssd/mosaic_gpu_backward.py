@@ -10,8 +10,9 @@ In the notation of `mosaic_gpu.py`, with S the state before a chunk and G the gr
   2. `_chunk_gradients` does the rest. Its chunks are independent, so a thread block takes one chunk of one group and
      sums dB and dC over the heads in registers: in a walk with G in registers a multiprocessor has room for two heads,
      and the gradients of the other heads of the group would go through memory, as many bytes as the states here.
-     One warpgroup loads (TMA); one has output tokens l as rows and makes dC, one has input tokens s and makes dB and
-     dx. Both compute links and E for themselves, each as it needs them as a left operand in registers.
+     One warpgroup has output tokens l as rows and makes dC, one has input tokens s and makes dB and dx. Both compute
+     links and E for themselves, each as it needs them as a left operand in registers. They need 255 registers a
+     thread: no third warpgroup is there to load (TMA), the first one does it.
 
 Log decays. A chunk's a_l occurs in what state and earlier tokens bring to token l, in what token l brings to later ones
 and to the state behind the chunk, and in the decay of the whole state. `_token_gradients` sums these inside the chunk,
@@ -115,7 +116,7 @@ def _token_gradients(sums, ends, dt):
 
 
 class _Scratch(NamedTuple):
-    """Shared memory. `d_state` also takes dx on its way out, when its unit is done."""
+    """Shared memory."""
 
     B: Any
     C: Any
@@ -123,6 +124,7 @@ class _Scratch(NamedTuple):
     dy: Any
     state: Any
     d_state: Any
+    dx: Any
     vectors: Any
     shared_loaded: Any
     loaded: Any
@@ -144,6 +146,7 @@ def _chunk_gradients(plan, inputs, skip):
         dy=parts.matrices(slots, CHUNK, ROWS),
         state=parts.matrices(slots, slabs, ROWS, ROWS),
         d_state=parts.matrices(slots, slabs, ROWS, ROWS),
+        dx=parts.matrices(CHUNK, ROWS),
         vectors=parts.floats(slots, 3, CHUNK),
         shared_loaded=plgpu.Barrier(num_arrivals=2),
         loaded=plgpu.Barrier(num_arrivals=3 + 2 * slabs, num_barriers=slots),
@@ -154,15 +157,14 @@ def _chunk_gradients(plan, inputs, skip):
     def body(*refs):
         inputs, skip, outputs, s = refs[:7], refs[7], refs[8:12], _Scratch(*refs[12:])
         place, thread = _Place(units, blocks, slots), lax.axis_index("thread")
-        pl.when(thread == 0)(lambda: _load(place, inputs, s))
-        pl.when(thread == 1)(lambda: _from_outputs(place, outputs, s))
-        pl.when(thread == 2)(lambda: _from_inputs(place, skip, outputs, s))
+        pl.when(thread == 0)(lambda: _from_outputs(place, inputs, outputs, s))
+        pl.when(thread == 1)(lambda: _from_inputs(place, skip, outputs, s))
 
     keys = jax.ShapeDtypeStruct((batch, padded, groups, state_size), B.dtype)
     sums = jax.ShapeDtypeStruct((batch, heads, blocks, len(_Sums._fields), padded), jnp.float32)
     out_type = (jax.ShapeDtypeStruct(x.shape, x.dtype), keys, keys, sums)
     grid = dict(batch=batch, group=groups, chunk=plan.chunks)
-    run = parts.launch(body, "ssd_chunk_gradients", grid, 3, out_type, scratch, plan.interpret)
+    run = parts.launch(body, "ssd_chunk_gradients", grid, 2, out_type, scratch, plan.interpret)
     return run(*inputs, skip)
 
 
@@ -183,30 +185,25 @@ class _Place:
         return pl.ds(block * ROWS, ROWS)
 
 
-def _load(place, inputs, s):
-    """The first warpgroup: keeps the slots filled."""
-    plgpu.set_max_registers(tuning.GRADIENT_REGISTERS[0], action="decrease")
-    x, dy, B, C, state, d_state, vectors = inputs
+def _load_keys(place, inputs, s):
+    """B and C, which all units share."""
+    _, _, B, C, *_ = inputs
     for source, target in ((B, s.B), (C, s.C)):
         plgpu.copy_gmem_to_smem(source.at[place.batch, place.tokens, place.group], target, s.shared_loaded)
 
-    @pl.loop(0, place.units)
-    def _(unit):
-        slot = lax.rem(unit, place.slots)
-        pl.when(unit >= place.slots)(lambda: plgpu.barrier_wait(s.consumed.at[slot]))
-        copy = lambda source, target: plgpu.copy_gmem_to_smem(source, target, s.loaded.at[slot])
-        head, block = place.head(unit)
-        rows = place.rows(block)
-        for source, target in ((x, s.x), (dy, s.dy)):
-            copy(source.at[place.batch, place.tokens, head, rows], target.at[slot])
-        for source, target in ((state, s.state), (d_state, s.d_state)):
-            for i, slab in enumerate(parts.slabs_of(B.shape[-1])):
-                copy(source.at[place.batch, head, place.chunk, rows, slab], target.at[slot, i])
-        copy(vectors.at[place.batch, head, :, place.tokens], s.vectors.at[slot])
 
-    @pl.loop(jnp.maximum(0, place.units - place.slots), place.units)
-    def _(unit):
-        plgpu.barrier_wait(s.consumed.at[lax.rem(unit, place.slots)])
+def _load(place, unit, inputs, s):
+    """What a unit has for itself, into its slot."""
+    x, dy, B, _, state, d_state, vectors = inputs
+    slot, (head, block) = lax.rem(unit, place.slots), place.head(unit)
+    copy = lambda source, target: plgpu.copy_gmem_to_smem(source, target, s.loaded.at[slot])
+    rows = place.rows(block)
+    for source, target in ((x, s.x), (dy, s.dy)):
+        copy(source.at[place.batch, place.tokens, head, rows], target.at[slot])
+    for source, target in ((state, s.state), (d_state, s.d_state)):
+        for i, slab in enumerate(parts.slabs_of(B.shape[-1])):
+            copy(source.at[place.batch, head, place.chunk, rows, slab], target.at[slot, i])
+    copy(vectors.at[place.batch, head, :, place.tokens], s.vectors.at[slot])
 
 
 def _square(a, b):
@@ -219,48 +216,69 @@ def _indices():
 
 
 def _decays(rows, columns):
-    """exp(a_row - a_column)."""
+    """exp(a_row - a_column); 1 where a_column is the smaller, so that zero times it is zero."""
     (row_coarse, row_fine, _), (column_coarse, column_fine, _) = rows, columns
     across, down = parts.across, parts.down
-    return jnp.exp2((across(row_coarse) - down(column_coarse)) + (across(row_fine) - down(column_fine)))
+    pair = (across(row_coarse) - down(column_coarse)) + (across(row_fine) - down(column_fine))
+    return jnp.exp2(jnp.minimum(pair, 0.0))
 
 
-def _store(ref, tokens, sums):
+def _store(ref, tokens, **sums):
     for name, value in sums.items():
         ref.at[_Sums._fields.index(name), tokens][...] = value
 
 
-def _from_outputs(place, outputs, s):
-    """Rows are the tokens l that y belongs to: makes dC."""
-    plgpu.set_max_registers(tuning.GRADIENT_REGISTERS[1], action="increase")
+def _from_outputs(place, inputs, outputs, s):
+    """Rows are the tokens l that y belongs to: makes dC. Also keeps the slots filled."""
     _, _, dC_ref, sums = outputs
-    slabs, spare = parts.slabs_of(s.C.shape[-1]), parts.spare_of(0, s)
-    row, column = _indices()
+    _load_keys(place, inputs, s)
+    for unit in range(place.slots):
+        _load(place, jnp.int32(unit), inputs, s)
+    slabs, (row, column) = parts.slabs_of(s.C.shape[-1]), _indices()
     plgpu.barrier_wait(s.shared_loaded)
-    scores = _square(s.C, s.B)
-    own_score = jnp.where(row == column, scores, 0.0).sum(axis=1)
+    scores = jnp.where(row > column, _square(s.C, s.B), 0.0)
 
     def unit(unit, dC):
         slot, (head, block) = lax.rem(unit, place.slots), place.head(unit)
         plgpu.barrier_wait(s.loaded.at[slot])
-        rows, columns = (parts.load_vectors(s.vectors.at[slot], layout) for layout in (PER_ROW, PER_COLUMN))
-        links = _square(s.dy.at[slot], s.x.at[slot])
-        skip = jnp.where(row == column, links, 0.0).sum(axis=1)
-        links = jnp.where(row >= column, links * _decays(rows, columns) * parts.down(columns[parts.STEP]), 0.0)
-        arrived = jnp.where(row > column, scores * links, 0.0).sum(axis=1)
-        links = links.astype(jnp.bfloat16)
-        into, new = jnp.exp2(rows[parts.COARSE] + rows[parts.FINE]), []
-        for i, slab in enumerate(slabs):
-            carried = parts.product((CHUNK, ROWS), (s.dy.at[slot], s.state.at[slot, i])) * parts.across(into)
-            C = plgpu.load(s.C.at[:, slab], layout=WGMMA, optimized=False).astype(jnp.float32)
-            arrived += (carried * C).sum(axis=1)
-            new.append(dC[i] + carried + parts.product((CHUNK, ROWS), (links, s.B.at[:, slab]), spare=spare))
-        _store(sums.at[place.batch, head, block], place.tokens, dict(arrived=arrived, own=own_score * skip, skip=skip))
+        dC, arrived = _add_to_dC(dC, scores, slot, slabs, s)
+        of_state = lambda ref: plgpu.load(ref, layout=WGMMA, optimized=False).astype(jnp.float32)
+        kept = sum(
+            (of_state(s.state.at[slot, i]) * of_state(s.d_state.at[slot, i])).sum(axis=1) for i in range(len(slabs))
+        )
+        _store(sums.at[place.batch, head, block], place.tokens, arrived=arrived, kept=kept)
         plgpu.barrier_arrive(s.consumed.at[slot])
-        return tuple(new)
+
+        # The slot of the unit before is the next one to come free: the other warpgroup has more to do.
+        @pl.when(unit > 0)
+        def _():
+            plgpu.barrier_wait(s.consumed.at[lax.rem(unit - 1, place.slots)])
+            pl.when(unit - 1 + place.slots < place.units)(lambda: _load(place, unit - 1 + place.slots, inputs, s))
+
+        return dC
 
     dC = lax.fori_loop(0, place.units, unit, (parts.zeros(),) * len(slabs))
+    plgpu.barrier_wait(s.consumed.at[(place.units - 1) % place.slots])
     _store_keys(place, dC_ref, slabs, dC)
+
+
+def _add_to_dC(dC, scores, slot, slabs, s):
+    """dC, and the sum `arrived`. scores: of pairs l > s."""
+    row, column = _indices()
+    rows, columns = (parts.load_vectors(s.vectors.at[slot], layout) for layout in (PER_ROW, PER_COLUMN))
+    decays = jnp.where(row >= column, _decays(rows, columns), 0.0)
+    links = _square(s.dy.at[slot], s.x.at[slot]) * decays
+    links *= parts.down(plgpu.load(s.vectors.at[slot, parts.STEP], layout=PER_COLUMN))  # late: registers are short
+    arrived = (scores * links).sum(axis=1)
+    links = links.astype(jnp.bfloat16)
+    into, new = jnp.exp2(rows[parts.COARSE] + rows[parts.FINE]), []
+    for i, slab in enumerate(slabs):
+        carried = parts.product((CHUNK, ROWS), (s.dy.at[slot], s.state.at[slot, i])) * parts.across(into)
+        C = plgpu.load(s.C.at[:, slab], layout=WGMMA, optimized=False).astype(jnp.float32)
+        arrived += (carried * C).sum(axis=1)
+        pair, spare = (links, s.B.at[:, slab]), parts.spare_of(0, s)
+        new.append(parts.product((CHUNK, ROWS), pair, initial=dC[i] + carried, spare=spare))
+    return tuple(new), arrived
 
 
 def _store_keys(place, ref, slabs, values):
@@ -270,34 +288,29 @@ def _store_keys(place, ref, slabs, values):
 
 def _from_inputs(place, skip, outputs, s):
     """Rows are the tokens s that x belongs to: makes dB and dx."""
-    plgpu.set_max_registers(tuning.GRADIENT_REGISTERS[1], action="increase")
     dx_ref, dB_ref, _, sums = outputs
-    slabs = parts.slabs_of(s.B.shape[-1])
+    slabs, (row, column) = parts.slabs_of(s.B.shape[-1]), _indices()
     plgpu.barrier_wait(s.shared_loaded)
     scores = _square(s.B, s.C)
+    own_score = jnp.where(row == column, scores, 0.0).sum(axis=1)
+    scores = jnp.where(column > row, scores, 0.0)
 
     def unit(unit, dB):
         slot, (head, block) = lax.rem(unit, place.slots), place.head(unit)
-        diagonal = skip[head]
         plgpu.barrier_wait(s.loaded.at[slot])
-        rows = parts.load_vectors(s.vectors.at[slot], PER_ROW)
-        outof = parts.to_end(s.vectors.at[slot], rows[parts.COARSE], rows[parts.FINE])
-        weights = outof * rows[parts.STEP]
-        links, forward, linked = _transposed_links(scores, diagonal, rows, slot, s)
-        dB = _add_to_dB(dB, links, weights, slot, slabs, s)
-        dx, left = _dx(forward, weights, outof, slot, slabs, s)
-        of_state = lambda ref: plgpu.load(ref, layout=WGMMA, optimized=False).astype(jnp.float32)
-        kept = sum(
-            (of_state(s.state.at[slot, i]) * of_state(s.d_state.at[slot, i])).sum(axis=1) for i in range(len(slabs))
-        )
-        _store(sums.at[place.batch, head, block], place.tokens, dict(linked=linked, left=left, kept=kept))
-        plgpu.commit_smem()  # all warps have read d_state
-        s.d_state[slot, 0] = dx
-        plgpu.commit_smem()
-        rows = place.rows(block)
-        plgpu.copy_smem_to_gmem(s.d_state.at[slot, 0], dx_ref.at[place.batch, place.tokens, head, rows])
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        rows, outof, weights = _per_row(slot, s)
+        dB = _add_carried(dB, weights, slot, s)
+        links, forward, linked = _transposed_links(scores, rows, slot, s)
+        dB = _add_linked(dB, links, slabs, s)
+        own = own_score * rows[parts.STEP] + skip[head]
+        dx, left, skips = _dx(forward, weights, outof, own, slot, slabs, s)
+        found = dict(linked=linked, left=left, own=own_score * skips, skip=skips)
+        _store(sums.at[place.batch, head, block], place.tokens, **found)
         plgpu.barrier_arrive(s.consumed.at[slot])
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        s.dx[...] = dx
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(s.dx, dx_ref.at[place.batch, place.tokens, head, place.rows(block)])
         return dB
 
     dB = lax.fori_loop(0, place.units, unit, (parts.zeros(),) * len(slabs))
@@ -305,32 +318,53 @@ def _from_inputs(place, skip, outputs, s):
     plgpu.wait_smem_to_gmem(0)
 
 
-def _transposed_links(scores, skip, rows, slot, s):
-    """E^T and links^T [s, l], bfloat16, and the sum `linked`."""
+def _transposed_links(scores, rows, slot, s):
+    """E^T [s, l], links^T of pairs l > s, both bfloat16, and the sum `linked`. scores: of pairs l > s."""
     row, column = _indices()
     columns = parts.load_vectors(s.vectors.at[slot], PER_COLUMN)
     negative = lambda vectors: tuple(-v for v in vectors)
-    decays = jnp.where(column >= row, _decays(negative(rows), negative(columns)), 0.0)
-    links = _square(s.x.at[slot], s.dy.at[slot]) * decays
-    linked = jnp.where(column > row, scores * links, 0.0).sum(axis=1)
+    products = _square(s.x.at[slot], s.dy.at[slot])
+    decays = _decays(negative(rows), negative(columns))
+    forward = scores * decays
+    linked = (forward * products).sum(axis=1)
     step = parts.across(rows[parts.STEP])
-    forward = scores * decays * step + jnp.where(row == column, skip, 0.0)
-    return (links * step).astype(jnp.bfloat16), forward.astype(jnp.bfloat16), linked
+    links = jnp.where(column >= row, products * decays * step, 0.0)
+    return links.astype(jnp.bfloat16), (forward * step).astype(jnp.bfloat16), linked
 
 
-def _add_to_dB(dB, links, weights, slot, slabs, s):
-    new = []
-    for i, slab in enumerate(slabs):
-        carried = parts.product((CHUNK, ROWS), (s.x.at[slot], s.d_state.at[slot, i])) * parts.across(weights)
-        new.append(dB[i] + carried + parts.product((CHUNK, ROWS), (links, s.C.at[:, slab]), spare=parts.spare_of(1, s)))
-    return tuple(new)
+def _per_row(slot, s):
+    """Vectors of the tokens s, their decays to the chunk's end, and their weights in the state there."""
+    rows = parts.load_vectors(s.vectors.at[slot], PER_ROW)
+    outof = parts.to_end(s.vectors.at[slot], rows[parts.COARSE], rows[parts.FINE])
+    return rows, outof, outof * rows[parts.STEP]
 
 
-def _dx(links, weights, outof, slot, slabs, s):
-    """dx, bfloat16, and the sum `left`."""
+def _add_carried(dB, weights, slot, s):
+    """Adds w (x G)."""
+    x = plgpu.load(s.x.at[slot], layout=WGMMA, optimized=False).astype(jnp.float32)
+    x, spare = (x * parts.across(weights)).astype(jnp.bfloat16), parts.spare_of(1, s)
+    return tuple(
+        parts.product((CHUNK, ROWS), (x, s.d_state.at[slot, i]), initial=v, spare=spare) for i, v in enumerate(dB)
+    )
+
+
+def _add_linked(dB, links, slabs, s):
+    """Adds E^T C."""
+    spare = parts.spare_of(1, s)
+    return tuple(
+        parts.product((CHUNK, ROWS), (links, s.C.at[:, slab]), initial=v, spare=spare)
+        for v, slab in zip(dB, slabs, strict=True)
+    )
+
+
+def _dx(links, weights, outof, own, slot, slabs, s):
+    """dx, bfloat16, and the sums `left` and `skip`. own: the weight of each token in its own output."""
     pairs = ((s.B.at[:, slab], s.d_state.at[slot, i].transpose((1, 0))) for i, slab in enumerate(slabs))
     carried = parts.product((CHUNK, ROWS), *pairs)
     x = plgpu.load(s.x.at[slot], layout=WGMMA, optimized=False).astype(jnp.float32)
     left = outof * (x * carried).sum(axis=1)
+    dy = plgpu.load(s.dy.at[slot], layout=WGMMA, optimized=False).astype(jnp.float32)
+    skips = (x * dy).sum(axis=1)
+    rest = carried * parts.across(weights) + dy * parts.across(own)
     within = parts.product((CHUNK, ROWS), (links, s.dy.at[slot]), spare=parts.spare_of(1, s))
-    return (within + carried * parts.across(weights)).astype(jnp.bfloat16), left
+    return (within + rest).astype(jnp.bfloat16), left, skips

@@ -192,10 +192,11 @@ def down(vector):
     return lax.broadcast_in_dim(vector, (CHUNK, CHUNK), [1])
 
 
-def product(shape, *operands, spare=None):
-    """The sum of `a @ b` over the pairs, float32.
+def product(shape, *operands, initial=None, spare=None):
+    """The sum of `a @ b` over the pairs, float32, and of `initial`.
 
-    The interpreter wants `a` in shared memory: where it is in registers, it goes through `spare` there.
+    The interpreter wants `a` in shared memory: where it is in registers, it goes through `spare` there. The
+    interpreter's accumulators begin with zero.
     """
 
     def accumulate(acc):
@@ -207,9 +208,16 @@ def product(shape, *operands, spare=None):
                 plgpu.commit_smem()
                 a = spare
             plgpu.wgmma(acc, a, b)
+
+    def from_zero(acc):
+        accumulate(acc)
         return acc[...]
 
-    return pl.run_scoped(accumulate, plgpu.ACC(shape, jnp.float32))
+    if initial is None:
+        return pl.run_scoped(from_zero, plgpu.ACC(shape, jnp.float32))
+    if spare is not None:
+        return initial + product(shape, *operands, spare=spare)
+    return pl.run_state(accumulate)(plgpu.ACC.init(initial))
 
 
 def spare_tiles(lanes, interpret):

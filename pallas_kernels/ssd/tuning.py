@@ -11,9 +11,7 @@ ROWS = 64  # rows of a state that one warpgroup holds: the height of a wgmma
 MULTIPROCESSORS = 132
 # Registers a thread of the linking warpgroup and of the two that hold states: 152 + 2 * 176 = 3 * 168.
 REGISTERS = (152, 176)
-# The same of the loading warpgroup and of the two others in the gradient of a chunk.
-GRADIENT_REGISTERS = (24, 240)
-GRADIENT_SLOTS = 3  # units in flight there
+GRADIENT_SLOTS = 3  # units in flight in the gradient of a chunk
 GRADIENT_STATE = 128  # the largest state size whose gradient the registers hold
 _SHORTEST_PIECE = 4  # chunks; a piece costs the reading and writing of a state, as much as 2 to 3 chunks of inputs
 _FIRST_PASS = 0.5  # time of a chunk in the first pass, in chunks of the second
