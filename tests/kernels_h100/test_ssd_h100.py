@@ -74,9 +74,8 @@ def test_packed_documents_compile():
     assert all(kernel.spill_bytes == 0 for kernel in report("nano", packed=True).kernels)
 
 
-@pytest.mark.parametrize("name", ["nano", "ultra", "nano-4b"])
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "h-56b"])  # whose state is too large for it
 def test_gradient(name):
-    """The gradient of a chunk is 512 bytes short of registers; it took 278 us of the 706 that Nano's scan took."""
     inputs = avals(**MODELS[name] | dict(length=1024))
 
     def loss(inputs):
@@ -87,7 +86,7 @@ def test_gradient(name):
     assert {"ssd_chunk_states", "ssd_chunk_gradients"} <= set(names(found))
     assert found.calls["ssd_chunk_states"] == 2 and found.calls["ssd_chunk_gradients"] == 1
     for kernel in found.kernels:
-        assert kernel.spill_bytes <= (512 if "chunk_gradients" in kernel.name else 0), kernel
+        assert kernel.spill_bytes == 0, kernel
         assert kernel.shared_memory < SHARED_MEMORY_LIMIT, kernel
         assert kernel.wgmma > 0 and kernel.tma > 0, kernel
 
