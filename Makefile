@@ -2,7 +2,7 @@
 # make test    lint and the test suite (no torch needed)
 # make kernels the Hopper kernels without a GPU: run by the interpreter, compiled for an abstract H100
 # make parity  live comparison with transformers (Python 3.11, torch on the CPU)
-# make extended  further cases of what `make test` and `make parity` prove: hours
+# make extended  further cases of what these prove: hours
 # make bench   CPU speed beside transformers
 # Each makes the environment that it needs.
 
@@ -50,7 +50,8 @@ test: lint
 		--ignore-glob '*_mosaic.py' --numprocesses 2 --dist loadfile
 
 kernels: .venv/ready
-	.venv/bin/python -m pytest tests/kernels_h100 tests/pallas_kernels/test_*_mosaic.py --numprocesses 2 --dist loadfile
+	.venv/bin/python -m pytest -m "not extended" tests/kernels_h100 tests/pallas_kernels/test_*_mosaic.py \
+		--numprocesses 2 --dist loadfile
 
 parity: .venv-parity/ready
 	.venv-parity/bin/python -m pytest -m "not extended" tests/parity --numprocesses 2 --dist loadfile
