@@ -4,15 +4,15 @@ In the notation of `mosaic_gpu.py`, with S the state before a chunk and G the gr
          dS    = exp(a_end) G + (dy^T exp(a)) C                       the G of the chunk before
          E     = (dy x^T) exp(a_l - a_s) dt_s for s <= l              dy x^T is the gradient of the links
          dx    = links^T dy + w (B G^T)                               w_s = exp(a_end - a_s) dt_s
-         dB    = E^T C + w (x G)      dC = E B + exp(a) (dy S)        summed over the heads of a group
+         dB    = E^T C + (w x) G      dC = E B + exp(a) (dy S)        summed over the heads of a group
   1. S walks forward and G walks backward through the same two kernels (`mosaic_parts.piece_states`, `chunk_states`),
      which leave both for every chunk, bfloat16.
   2. `_chunk_gradients` does the rest. Its chunks are independent, so a thread block takes one chunk of one group and
      sums dB and dC over the heads in registers: in a walk with G in registers a multiprocessor has room for two heads,
      and the gradients of the other heads of the group would go through memory, as many bytes as the states here.
-     One warpgroup has output tokens l as rows and makes dC, one has input tokens s and makes dB and dx. Both compute
-     links and E for themselves, each as it needs them as a left operand in registers. They need 255 registers a
-     thread: no third warpgroup is there to load (TMA), the first one does it.
+     One warpgroup has output tokens l as rows, E as a left operand in registers, and makes dC. One has input tokens s,
+     E^T and links^T, and makes dB and dx. They need 255 registers a thread: no third warpgroup is there to load (TMA),
+     the first one does it.
 
 Log decays. A chunk's a_l occurs in what state and earlier tokens bring to token l, in what token l brings to later ones
 and to the state behind the chunk, and in the decay of the whole state. `_token_gradients` sums these inside the chunk,
@@ -258,7 +258,7 @@ def _from_outputs(place, inputs, outputs, s):
         return dC
 
     dC = lax.fori_loop(0, place.units, unit, (parts.zeros(),) * len(slabs))
-    plgpu.barrier_wait(s.consumed.at[(place.units - 1) % place.slots])
+    plgpu.barrier_wait(s.consumed.at[(place.units - 1) % place.slots])  # every phase is waited for
     _store_keys(place, dC_ref, slabs, dC)
 
 
@@ -267,16 +267,16 @@ def _add_to_dC(dC, scores, slot, slabs, s):
     row, column = _indices()
     rows, columns = (parts.load_vectors(s.vectors.at[slot], layout) for layout in (PER_ROW, PER_COLUMN))
     decays = jnp.where(row >= column, _decays(rows, columns), 0.0)
-    links = _square(s.dy.at[slot], s.x.at[slot]) * decays
-    links *= parts.down(plgpu.load(s.vectors.at[slot, parts.STEP], layout=PER_COLUMN))  # late: registers are short
-    arrived = (scores * links).sum(axis=1)
-    links = links.astype(jnp.bfloat16)
+    E = _square(s.dy.at[slot], s.x.at[slot]) * decays
+    E *= parts.down(plgpu.load(s.vectors.at[slot, parts.STEP], layout=PER_COLUMN))  # late: registers are short
+    arrived = (scores * E).sum(axis=1)
+    E = E.astype(jnp.bfloat16)
     into, new = jnp.exp2(rows[parts.COARSE] + rows[parts.FINE]), []
     for i, slab in enumerate(slabs):
         carried = parts.product((CHUNK, ROWS), (s.dy.at[slot], s.state.at[slot, i])) * parts.across(into)
         C = plgpu.load(s.C.at[:, slab], layout=WGMMA, optimized=False).astype(jnp.float32)
         arrived += (carried * C).sum(axis=1)
-        pair, spare = (links, s.B.at[:, slab]), parts.spare_of(0, s)
+        pair, spare = (E, s.B.at[:, slab]), parts.spare_of(0, s)
         new.append(parts.product((CHUNK, ROWS), pair, initial=dC[i] + carried, spare=spare))
     return tuple(new), arrived
 
@@ -300,10 +300,10 @@ def _from_inputs(place, skip, outputs, s):
         plgpu.barrier_wait(s.loaded.at[slot])
         rows, outof, weights = _per_row(slot, s)
         dB = _add_carried(dB, weights, slot, s)
-        links, forward, linked = _transposed_links(scores, rows, slot, s)
-        dB = _add_linked(dB, links, slabs, s)
+        E, links, linked = _transposed(scores, rows, slot, s)
+        dB = _add_linked(dB, E, slabs, s)
         own = own_score * rows[parts.STEP] + skip[head]
-        dx, left, skips = _dx(forward, weights, outof, own, slot, slabs, s)
+        dx, left, skips = _dx(links, weights, outof, own, slot, slabs, s)
         found = dict(linked=linked, left=left, own=own_score * skips, skip=skips)
         _store(sums.at[place.batch, head, block], place.tokens, **found)
         plgpu.barrier_arrive(s.consumed.at[slot])
@@ -318,18 +318,18 @@ def _from_inputs(place, skip, outputs, s):
     plgpu.wait_smem_to_gmem(0)
 
 
-def _transposed_links(scores, rows, slot, s):
+def _transposed(scores, rows, slot, s):
     """E^T [s, l], links^T of pairs l > s, both bfloat16, and the sum `linked`. scores: of pairs l > s."""
     row, column = _indices()
     columns = parts.load_vectors(s.vectors.at[slot], PER_COLUMN)
     negative = lambda vectors: tuple(-v for v in vectors)
     products = _square(s.x.at[slot], s.dy.at[slot])
     decays = _decays(negative(rows), negative(columns))
-    forward = scores * decays
-    linked = (forward * products).sum(axis=1)
+    links = scores * decays
+    linked = (links * products).sum(axis=1)
     step = parts.across(rows[parts.STEP])
-    links = jnp.where(column >= row, products * decays * step, 0.0)
-    return links.astype(jnp.bfloat16), (forward * step).astype(jnp.bfloat16), linked
+    E = jnp.where(column >= row, products * decays * step, 0.0)
+    return E.astype(jnp.bfloat16), (links * step).astype(jnp.bfloat16), linked
 
 
 def _per_row(slot, s):
@@ -340,7 +340,7 @@ def _per_row(slot, s):
 
 
 def _add_carried(dB, weights, slot, s):
-    """Adds w (x G)."""
+    """Adds (w x) G, with w x in bfloat16."""
     x = plgpu.load(s.x.at[slot], layout=WGMMA, optimized=False).astype(jnp.float32)
     x, spare = (x * parts.across(weights)).astype(jnp.bfloat16), parts.spare_of(1, s)
     return tuple(
@@ -348,11 +348,11 @@ def _add_carried(dB, weights, slot, s):
     )
 
 
-def _add_linked(dB, links, slabs, s):
+def _add_linked(dB, E, slabs, s):
     """Adds E^T C."""
     spare = parts.spare_of(1, s)
     return tuple(
-        parts.product((CHUNK, ROWS), (links, s.C.at[:, slab]), initial=v, spare=spare)
+        parts.product((CHUNK, ROWS), (E, s.C.at[:, slab]), initial=v, spare=spare)
         for v, slab in zip(dB, slabs, strict=True)
     )
 

@@ -193,7 +193,7 @@ def down(vector):
 
 
 def product(shape, *operands, initial=None, spare=None):
-    """The sum of `a @ b` over the pairs, float32, and of `initial`.
+    """The sum of `a @ b` over the pairs, float32, and of `initial`, which needs every `a` in registers.
 
     The interpreter wants `a` in shared memory: where it is in registers, it goes through `spare` there. The
     interpreter's accumulators begin with zero.
