@@ -31,7 +31,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.ssd import mosaic_gpu_backward, tuning, xla
+from pallas_kernels.ssd import mosaic_gpu_backward, tuning
 from pallas_kernels.ssd import mosaic_parts as parts
 from pallas_kernels.ssd.mosaic_parts import PER_COLUMN, PER_ROW, WGMMA
 from pallas_kernels.ssd.tuning import CHUNK, ROWS
@@ -82,12 +82,7 @@ def _ssd(dt_limit, interpret, *inputs):
 
 
 def backward(dt_limit, interpret, inputs, cotangents):
-    """Gradients of all `inputs` but documents and initial document, from the cotangents of y and state.
-
-    In plain JAX for a state above 128: sums over the heads of a group would not fit the registers.
-    """
-    if inputs[3].shape[-1] > tuning.GRADIENT_STATE:
-        return xla.backward(dt_limit, CHUNK, inputs, cotangents)
+    """Gradients of all `inputs` but documents and initial document, from the cotangents of y and state."""
     # Without the barrier XLA computes the forward pass of every layer again before it needs the first.
     inputs, cotangents = lax.optimization_barrier((inputs, cotangents))
     return mosaic_gpu_backward.gradients(dt_limit, interpret, inputs, cotangents)

@@ -57,7 +57,36 @@ def gradients(dt_limit, interpret, inputs, cotangents):
         dy = jnp.where((documents > 0)[..., None, None, None], dy, 0)
     dy = rearrange(pad_to(pad_to(dy, axis=1), 4, ROWS), "b t g h p -> b t (g h) p")
     d_state = rearrange(pad_to(d_state, 3, ROWS), "b g h p n -> b (g h) p n")
-    return pull(_run(tuning.plan_of(prepared.x, prepared.B, interpret=interpret), prepared, dy, d_state))
+    return pull(_by_slices(prepared, dy, d_state, interpret))
+
+
+def _by_slices(inputs, dy, d_state, interpret):
+    """The gradients of `inputs`, from scans whose states the registers hold.
+
+    Columns of the state never meet but in y, which is a sum over them: a scan is the sum of the scans with slices of B,
+    C and the state. The skip belongs to one of them.
+    """
+    width, found = tuning.GRADIENT_STATE, []
+    for first in range(0, d_state.shape[-1], width):
+        part = lambda a, first=first: a[..., first : first + width]
+        skip = jnp.zeros_like(inputs.skip) if found else inputs.skip
+        slices = inputs._replace(B=part(inputs.B), C=part(inputs.C), skip=skip, state=part(inputs.state))
+        plan = tuning.plan_of(slices.x, slices.B, interpret=interpret)
+        found.append(_run(plan, slices, dy, part(d_state)))
+    if len(found) == 1:
+        return found[0]
+    gathered = parts.Inputs(*zip(*found, strict=True))
+    total = lambda terms: sum(a.astype(jnp.float32) for a in terms).astype(terms[0].dtype)
+    whole = functools.partial(jnp.concatenate, axis=-1)
+    return parts.Inputs(
+        x=total(gathered.x),
+        B=whole(gathered.B),
+        C=whole(gathered.C),
+        log_decay=total(gathered.log_decay),
+        dt=total(gathered.dt),
+        skip=gathered.skip[0],
+        state=whole(gathered.state),
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0)  # equal layers are traced once

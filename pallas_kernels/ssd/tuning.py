@@ -12,7 +12,7 @@ MULTIPROCESSORS = 132
 # Registers a thread of the linking warpgroup and of the two that hold states: 152 + 2 * 176 = 3 * 168.
 REGISTERS = (152, 176)
 GRADIENT_SLOTS = 3  # units in flight in the gradient of a chunk; at least 2: a slot is filled again a unit late
-GRADIENT_STATE = 128  # the largest state size whose gradient the registers hold
+GRADIENT_STATE = 128  # columns of a state whose gradient the registers hold; larger states go slice by slice
 _SHORTEST_PIECE = 4  # chunks; a piece costs the reading and writing of a state, as much as 2 to 3 chunks of inputs
 _FIRST_PASS = 0.5  # time of a chunk in the first pass, in chunks of the second
 

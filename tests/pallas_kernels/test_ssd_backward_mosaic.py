@@ -91,6 +91,7 @@ SHAPES = {
     "groups-and-batch": dict(batch=2, groups=2),
     "head-of-80": dict(width=80, heads=1),
     "state-of-128": dict(state=128),
+    "state-of-192": dict(state=192, heads=3),
     "state-of-256": dict(state=256, heads=3),
 }
 
