@@ -61,22 +61,23 @@ def combine_windows(left: Window, right: Window) -> Window:
     return Window(inputs, count, left.open & right.open)
 
 
-def convolve(axis: Axis, x: Float[Array, "B T G C"], weight: Array, bias: Array | None, **options):
+def convolve(axis: Axis, x: Float[Array, "B T G X"], weight: Array, bias: Array | None, *, first: int = 0, **options):
     """`causal_conv1d` of whole rows, of which each shard holds a stretch. `initial` is what came before the row."""
-    history = weight.shape[-1] - 1
+    groups, channels, taps = weight.shape
+    history = taps - 1
     initial, numbers, owner = (options.get(name) for name in ("initial", "documents", "initial_document"))
     if initial is None:
-        initial = jnp.zeros((x.shape[0], history, *x.shape[2:]), x.dtype)
+        initial = jnp.zeros((x.shape[0], history, groups, channels), x.dtype)
     none, always = jnp.zeros(x.shape[:1], jnp.int32), jnp.ones(x.shape[:1], bool)
     count, is_open = none + min(history, x.shape[1]), always
     if numbers is not None:
         last = documents.last(numbers, owner)
         count = jnp.minimum(((numbers == last[:, None]) & (numbers > 0)).sum(axis=1), history)
         is_open = last == owner
-    own = Window(last_inputs(x, history, numbers, owner), count, is_open)
+    own = Window(last_inputs(x[..., first : first + channels], history, numbers, owner), count, is_open)
     before = axis.scan(combine_windows, own, Window(jnp.zeros_like(own.inputs), none, always))
     before = combine_windows(Window(initial.astype(x.dtype), none + history, always), before)
-    y, after = causal_conv1d(x, weight, bias, **(options | {"initial": before.inputs}))
+    y, after = causal_conv1d(x, weight, bias, first=first, **(options | {"initial": before.inputs}))
     return y, axis.of_last(after)
 
 

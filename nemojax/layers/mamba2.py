@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Any
 
 import flax.linen as nn
@@ -50,17 +51,19 @@ def mamba2(
     Returns:
       The output (unspecified at pads) and the state after the last token.
     """
-    inner = config.mamba_heads_per_group * config.mamba_head_dim
+    inner, state_size = config.mamba_heads_per_group * config.mamba_head_dim, config.ssm_state_size
     carried = {"documents": segments.documents, "initial_document": segments.initial_document}
     with jax.named_scope("in_proj"):
         projected = project(x, params["in_proj"])
-        z, xBC, dt = jnp.split(projected, [inner, 2 * inner + 2 * config.ssm_state_size], axis=-1)
+        z, _, dt = jnp.split(projected, [inner, 2 * inner + 2 * state_size], axis=-1)
     with jax.named_scope("conv"):
         convolve = functools.partial(sequence.convolve, shard.sequence) if shard.tokens_split else causal_conv1d
         xBC, conv_state = convolve(
-            xBC,
+            projected,
             params["conv_weight"],
             params.get("conv_bias"),
+            first=inner,
+            parts=(inner, state_size, state_size),
             initial=None if state is None else state.conv,
             implementation=implementation,
             **carried,
@@ -75,10 +78,9 @@ def mamba2(
         options = {"config": config, "implementation": implementation, **carried}
         scan = functools.partial(_scan, xBC, dt, vectors, **options)
         if shard.tokens_split:
-            C = xBC[..., -config.ssm_state_size :]
             steps = step_size(dt, params["dt_bias"], config.time_step_limit)
             y, ssm_state = sequence.scan_states(
-                shard.sequence, scan, before, dt=steps, A=vectors["A"], C=C, segments=segments
+                shard.sequence, scan, before, dt=steps, A=vectors["A"], C=xBC[2], segments=segments
             )
         else:
             y, ssm_state = scan(before)
@@ -95,24 +97,20 @@ def _no_state(dt, config):
 
 
 def _scan(xBC, dt, vectors, state, *, config, **options):
-    """The state-space scan of any number of groups: [B, T, G, C] -> [B, T, G, I]."""
+    """The state-space scan of any number of groups: x, B and C [B, T, G, *] -> [B, T, G, I]."""
 
-    def scan(parts, dt, vectors, state):
-        x, B, C = parts
+    def scan(xBC, dt, vectors, state):
+        x, B, C = xBC
         x = rearrange(x, "b t g (h p) -> b t g h p", p=config.mamba_head_dim)
         limits = {"dt_limit": config.time_step_limit, "chunk_size": config.chunk_size}
         y, state = ssd(x, dt, B=B, C=C, **vectors, initial_state=state, **limits, **options)
         return rearrange(y, "b t g h p -> b t g (h p)"), state
 
-    # Without a barrier XLA computes the convolution again in whatever reads a part of its output. A GPU writes each
-    # part by itself, as the kernels want it; on CPU the loop reads its group from all of it.
-    inner = xBC.shape[-1] - 2 * config.ssm_state_size
-    split = lambda xBC: tuple(jnp.split(xBC, [inner, inner + config.ssm_state_size], axis=-1))
-    whole = lambda xBC, *rest: scan(jax.lax.optimization_barrier(split(xBC)), *rest)
-    if xBC.shape[1] < _LOOP_FROM_TOKENS:
+    # Without a barrier XLA computes the convolution again in whatever reads its output.
+    whole = lambda xBC, *rest: scan(jax.lax.optimization_barrier(xBC), *rest)
+    if dt.shape[1] < _LOOP_FROM_TOKENS:
         return whole(xBC, dt, vectors, state)
-    one_group = lambda xBC, *rest: scan(split(xBC), *rest)
-    loop = functools.partial(_group_by_group, one_group)
+    loop = functools.partial(_group_by_group, scan)
     return jax.lax.platform_dependent(xBC, dt, vectors, state, cpu=loop, default=whole)
 
 
@@ -122,13 +120,16 @@ def _group_by_group(scan, xBC, dt, vectors, state):
     With 8 groups and 2,048 tokens the scan is 1.6x faster so. A short call has nothing to gain.
     """
 
+    ends = list(itertools.accumulate(a.shape[-1] for a in xBC))
+    xBC = jnp.concatenate(xBC, axis=-1)  # of slices: XLA takes the array that they are slices of
+
     def body(g):
         group = lambda a, axis: jax.lax.dynamic_slice_in_dim(a, g, 1, axis)
         # The barrier keeps XLA from slicing again in every operation that reads the group.
-        part = jax.lax.optimization_barrier(group(xBC, 2))
-        return scan(part, group(dt, 2), {k: group(v, 0) for k, v in vectors.items()}, group(state, 1))
+        parts = jnp.split(jax.lax.optimization_barrier(group(xBC, 2)), ends[:-1], axis=-1)
+        return scan(parts, group(dt, 2), {k: group(v, 0) for k, v in vectors.items()}, group(state, 1))
 
-    y, state = jax.lax.map(body, jnp.arange(xBC.shape[2]))
+    y, state = jax.lax.map(body, jnp.arange(dt.shape[2]))
     return rearrange(y, "g b t 1 i -> b t g i"), rearrange(state, "g b 1 h p n -> b g h p n")
 
 

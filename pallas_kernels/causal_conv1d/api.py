@@ -2,51 +2,93 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
+
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.causal_conv1d import reference, xla
-from pallas_kernels.choice import choose
+from pallas_kernels.causal_conv1d import mosaic_gpu, reference, xla
+from pallas_kernels.choice import choose, on_hopper
 
-IMPLEMENTATIONS = {"xla": xla.causal_conv1d, "reference": reference.causal_conv1d}
+IMPLEMENTATIONS = {
+    "xla": xla.causal_conv1d,
+    "mosaic_gpu": mosaic_gpu.causal_conv1d,
+    "reference": reference.causal_conv1d,
+}
 
 
 def causal_conv1d(
-    x: Float[Array, "B T G C"],
+    x: Float[Array, "B T G X"],
     weight: Float[Array, "G C W"],
     bias: Float[Array, "G C"] | None = None,
     *,
+    first: int = 0,
+    parts: Sequence[int] | None = None,
     initial: Float[Array, "B W-1 G C"] | None = None,
     documents: Int[Array, "B T"] | None = None,
     initial_document: Int[Array, "B"] | None = None,
     implementation: str | None = None,
-) -> tuple[Float[Array, "B T G C"], Float[Array, "B W-1 G C"]]:
+) -> tuple[Float[Array, "B T G C"] | tuple[Float[Array, "B T G _"], ...], Float[Array, "B W-1 G C"]]:
     """`silu(bias + sum_j weight[j] x[t - (W-1) + j])`, over the tokens of the same document only.
 
     The last tap multiplies the current token (Mamba-2, arXiv 2405.21060 section 7; W = 4 in every released model).
 
     Args:
-      x: inputs; values at pads are ignored.
+      x: inputs, channels `first` to `first + C` of each group; values at pads are ignored.
       weight: taps, oldest first.
       bias: added before silu, or None.
+      first: where the channels begin in x, so that a part of a wider array need not be copied.
+      parts: if given, y is a tuple of arrays with so many channels each, C in all.
       initial: the last W-1 inputs before this call, oldest first, zeros where the document had fewer.
       documents: see `pallas_kernels.documents`.
       initial_document: document that `initial` belongs to; default 0 (none) with `documents`.
-      implementation: `"xla"`, `"reference"`, or None for the default.
+      implementation: `"xla"`, `"mosaic_gpu"` (Hopper), `"reference"`, or None for the default
+        (`pallas_kernels.choice`).
 
     Returns:
       The outputs in x's dtype, zero at pads; and the `initial` of the next call.
 
     Raises:
-      ValueError: shapes that do not belong together.
+      ValueError: shapes that do not belong together, or inputs that the named implementation does not support.
     """
-    batch, _, groups, channels = x.shape
-    taps = weight.shape[-1]
-    if weight.shape[:2] != (groups, channels):
-        raise ValueError(f"causal_conv1d: weight {weight.shape} does not fit x {x.shape}")
+    batch, _, groups, width = x.shape
+    (_, channels, taps), sizes = weight.shape, tuple(parts or weight.shape[1:2])
+    if weight.shape[0] != groups or not 0 <= first <= width - channels:
+        at = f" from channel {first}" if first else ""
+        raise ValueError(f"causal_conv1d: weight {weight.shape} does not fit x {x.shape}{at}")
+    if sum(sizes) != channels:
+        raise ValueError(
+            f"causal_conv1d: parts {sizes} are {sum(sizes)} channels, weight {weight.shape} has {channels}"
+        )
     if initial is not None and initial.shape != (batch, taps - 1, groups, channels):
         raise ValueError(f"causal_conv1d: initial {initial.shape}, expected {(batch, taps - 1, groups, channels)}")
     if documents is not None and initial_document is None:
         initial_document = jnp.zeros((batch,), documents.dtype)
-    run = choose("causal_conv1d", IMPLEMENTATIONS, implementation)
-    return run(x, weight, bias, initial, documents, initial_document)
+    reason = mosaic_gpu.supports(x, weight, sizes)
+    run = choose("causal_conv1d", IMPLEMENTATIONS, implementation, {"mosaic_gpu": reason})
+    inputs = (x, weight, bias, initial, documents, initial_document)
+    if implementation is None and on_hopper("causal_conv1d", reason):
+        y = _by_platform(first, sizes, *inputs)
+        after = xla.inputs_after(x, weight, initial, documents, initial_document, first)
+    else:
+        y, after = run(*inputs, first, sizes)
+    return (y[0] if parts is None else y), after
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _by_platform(first, sizes, *inputs):
+    """The kernel where the program is compiled for CUDA; the platform is not known before."""
+    on = lambda run: lambda *inputs: run(*inputs, first, sizes)
+    return jax.lax.platform_dependent(*inputs, cuda=on(mosaic_gpu.outputs), default=on(xla.outputs))
+
+
+def _backward(first, sizes, inputs, cotangents):
+    # One rule for both: a conditional that is differentiated saves what each of its branches needs.
+    kernel = functools.partial(mosaic_gpu.backward, first, sizes, False)
+    plain = functools.partial(xla.backward, first, sizes)
+    return *jax.lax.platform_dependent(inputs, cotangents, cuda=kernel, default=plain), None, None
+
+
+_by_platform.defvjp(lambda *arguments: (_by_platform(*arguments), arguments[2:]), _backward)

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 
 
-def causal_conv1d(x, weight, bias, initial, documents, initial_document):
+def causal_conv1d(x, weight, bias, initial, documents, initial_document, first, sizes):
     """See `api.causal_conv1d`; every argument is given except `bias`, `initial` and the two document arrays."""
+    x = x[..., first : first + weight.shape[1]]
     if initial is None:
         initial = jnp.zeros((x.shape[0], weight.shape[-1] - 1, *x.shape[2:]), x.dtype)
     if documents is None:
@@ -29,4 +30,6 @@ def causal_conv1d(x, weight, bias, initial, documents, initial_document):
 
     tokens = (x.swapaxes(0, 1), documents.swapaxes(0, 1))
     (final, _), y = jax.lax.scan(step, (initial.astype(x.dtype), initial_document), tokens)
-    return y.swapaxes(0, 1), final
+    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+    parts = tuple(y.swapaxes(0, 1)[..., end - size : end] for size, end in zip(sizes, ends, strict=True))
+    return parts, final

@@ -6,34 +6,61 @@ inputs are never copied behind them (2x faster on CPU).
 
 from __future__ import annotations
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import documents as docs
 
 
-def causal_conv1d(x, weight, bias, initial, documents, initial_document):
+def causal_conv1d(x, weight, bias, initial, documents, initial_document, first, sizes):
     """See `api.causal_conv1d`; every argument is given except `bias`, `initial` and the two document arrays."""
+    y = outputs(x, weight, bias, initial, documents, initial_document, first, sizes)
+    return y, inputs_after(x, weight, initial, documents, initial_document, first)
+
+
+def outputs(x, weight, bias, initial, documents, initial_document, first, sizes):
+    """The parts alone."""
+    x = _channels(x, weight, first)
     length, taps = x.shape[1], weight.shape[-1]
     weight = weight.astype(jnp.float32)
     if documents is not None:
         x = jnp.where((documents > 0)[..., None, None], x, 0)  # a pad may hold NaN, which no later mask would undo
     y = 0.0 if bias is None else bias.astype(jnp.float32)
     for age in range(min(taps, length)):
-        value = _shift(x, age).astype(jnp.float32) * weight[..., taps - 1 - age]
+        value = shift(x, age).astype(jnp.float32) * weight[..., taps - 1 - age]
         if documents is not None:
-            value = jnp.where((_shift(documents, age) == documents)[..., None, None], value, 0)
+            value = jnp.where((shift(documents, age) == documents)[..., None, None], value, 0)
         y += value
-    lead, end = _extent(x, documents)
     if initial is not None:
+        lead, _ = extent(x, documents)
         y += _from_initial(initial, weight, x, lead, documents, initial_document)
     y = jax.nn.silu(y)
     if documents is not None:
         y = jnp.where((documents > 0)[..., None, None], y, 0)
-    return y.astype(x.dtype), _final(x, taps - 1, initial, lead, end, documents, initial_document)
+    return tuple(jnp.split(y.astype(x.dtype), list(itertools.accumulate(sizes))[:-1], axis=-1))
 
 
-def _shift(array, age):
+def backward(first, sizes, inputs, cotangents):
+    """Gradients of all `inputs` but the documents, from the cotangents of the parts."""
+    *inputs, documents, initial_document = inputs
+    run = lambda *inputs: outputs(*inputs, documents, initial_document, first, sizes)
+    return jax.vjp(run, *inputs)[1](cotangents)
+
+
+def inputs_after(x, weight, initial, documents, initial_document, first):
+    """The last W-1 inputs [B, W-1, G, C] of the document that is open at the end, zeros where it had fewer."""
+    x = _channels(x, weight, first)
+    lead, end = extent(x, documents)
+    return _final(x, weight.shape[-1] - 1, initial, lead, end, documents, initial_document)
+
+
+def _channels(x, weight, first):
+    return x[..., first : first + weight.shape[1]]
+
+
+def shift(array, age):
     """The value `age` tokens earlier; zero before the first token."""
     if age == 0:
         return array
@@ -42,11 +69,11 @@ def _shift(array, age):
 
 def last_inputs(x, history, documents=None, initial_document=None):
     """The last `history` inputs [B, history, G, C] of the document that is open at the end, zeros where it has none."""
-    lead, end = _extent(x, documents)
+    lead, end = extent(x, documents)
     return _final(x, history, None, lead, end, documents, initial_document)
 
 
-def _extent(x, documents):
+def extent(x, documents):
     """First real token of each row and one past the last; both the length where there is none."""
     batch, length = x.shape[:2]
     if documents is None:

@@ -12,11 +12,16 @@ from pallas_kernels.expert_mlp import tuning
 from pallas_kernels.ssd import tuning as ssd_tuning
 
 TOKENS, BF16, F32 = 8192, 2, 4
-SCAN = {"ssd_piece_states": 1, "ssd_scan": 1}
+MAMBA = {"causal_conv1d": 1, "ssd_piece_states": 1, "ssd_scan": 1}
 ATTENTION = {"attention_forward": 1}
 EXPERTS = {"expert_mlp_to_rows": 1, "expert_mlp_to_tiles": 1}
 # What the gradient of a layer calls, its forward pass included.
-SCAN_GRADIENT = SCAN | {"ssd_piece_states": 3, "ssd_chunk_states": 2, "ssd_chunk_gradients": 1}
+MAMBA_GRADIENT = MAMBA | {
+    "causal_conv1d_gradient": 1,
+    "ssd_piece_states": 3,
+    "ssd_chunk_states": 2,
+    "ssd_chunk_gradients": 1,
+}
 ATTENTION_GRADIENT = ATTENTION | {"attention_dq": 1, "attention_dkv": 1}
 EXPERTS_GRADIENT = {"expert_mlp_per_expert": 2, "expert_mlp_to_rows": 1, "expert_mlp_to_tiles": 2}
 
@@ -35,7 +40,8 @@ def check(report, calls):
     assert report.calls == calls
     for kernel in report.kernels:
         assert kernel.spill_bytes == 0 and kernel.shared_memory <= SHARED_MEMORY_LIMIT, kernel
-        assert kernel.wgmma > 0 and kernel.tma > 0 and kernel.thread_blocks > 0, kernel
+        assert kernel.tma > 0 and kernel.thread_blocks > 0, kernel
+        assert kernel.wgmma > 0 or kernel.name.startswith("causal_conv1d"), kernel  # which multiplies no matrices
 
 
 def mamba_bytes(c):
@@ -69,7 +75,7 @@ close_to = lambda expected, measured: 0.9 * expected < measured < 1.02 * expecte
 @pytest.mark.parametrize(
     "kind, calls, expected",
     [
-        ("M", SCAN, mamba_bytes(NANO)),
+        ("M", MAMBA, mamba_bytes(NANO)),
         ("*", ATTENTION, attention_bytes(NANO)),
         ("E", EXPERTS, expert_bytes(NANO, TOKENS)),
     ],
@@ -144,7 +150,7 @@ def gradient_of_experts_bytes(c):
 @pytest.mark.parametrize(
     "kind, calls, expected",
     [
-        ("M", SCAN_GRADIENT, gradient_of_mamba_bytes(NANO)),
+        ("M", MAMBA_GRADIENT, gradient_of_mamba_bytes(NANO)),
         ("*", ATTENTION_GRADIENT, gradient_of_attention_bytes(NANO)),
         ("E", EXPERTS_GRADIENT, gradient_of_experts_bytes(NANO)),
     ],
@@ -163,8 +169,8 @@ def test_training_step(layers):
     """Layers run twice forward (remat), but what a gradient computes again by itself."""
     config = NANO.replace(pattern=NANO.pattern[:layers])
     report = compiled(programs.training_step(config, TRAINED))
-    forward = SCAN | ATTENTION | EXPERTS
-    kinds = {"M": SCAN_GRADIENT, "*": ATTENTION_GRADIENT, "E": EXPERTS_GRADIENT}
+    forward = MAMBA | ATTENTION | EXPERTS
+    kinds = {"M": MAMBA_GRADIENT, "*": ATTENTION_GRADIENT, "E": EXPERTS_GRADIENT}
     expected = {
         name: config.pattern.count(kind) * (count + forward.get(name, 0))
         for kind, calls in kinds.items()

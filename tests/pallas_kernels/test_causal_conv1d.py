@@ -109,7 +109,7 @@ def test_bfloat16():
         (dict(weight=random(1, 2, 5, 4)), r"weight \(2, 5, 4\) does not fit x \(2, 6, 2, 3\)"),
         (dict(initial=random(1, 2, 4, 2, 3)), r"initial \(2, 4, 2, 3\), expected \(2, 3, 2, 3\)"),
         (dict(initial=random(1, 1, 3, 2, 3)), r"initial \(1, 3, 2, 3\), expected \(2, 3, 2, 3\)"),
-        (dict(implementation="cuda"), "'cuda' does not exist; known: xla, reference"),
+        (dict(implementation="cuda"), "'cuda' does not exist; known: xla, mosaic_gpu, reference"),
     ],
     ids=["channels", "taps-of-initial", "batch-of-initial", "unknown-implementation"],
 )

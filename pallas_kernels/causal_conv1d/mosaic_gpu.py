@@ -1,0 +1,444 @@
+"""The causal convolution as one Hopper kernel, and its gradient as another (Pallas, Mosaic GPU).
+
+A thread block is one warpgroup. It has 64 channels and walks a piece of the sequence in tiles. The copy engine (TMA)
+brings each tile, with the 8 tokens before it, into one of a few slots of shared memory, ahead of its use. There a tap
+is the same tile some rows higher up, so nothing passes from tile to tile, and every input comes from memory once. A
+thread has 4 neighbouring channels and their taps in registers. The output goes part by part into arrays of their own,
+as the scan takes them.
+
+What came before the first token is put into the rows before it, where nothing else can be: they are pads, or before
+the sequence. Documents are one number a token: how many earlier inputs it sees, -1 at a pad.
+
+Gradient: with pre the sum of the taps, s = 1 / (1 + exp(-pre)) and `reach` as above,
+         d        = dy s (1 + pre (1 - s))
+         dx[t]    = sum_age weight[W-1-age] d[t + age] where reach[t + age] >= age
+         dw[W-1-age] = sum_t d[t] x[t - age], dbias = sum_t d[t]
+A tile makes d, float32, for 8 tokens more than dx, so that again nothing passes from tile to tile.
+
+Roofline, Nano (6,144 channels), 8,192 tokens on an H100 (3.35 TB/s): 101 MB in and 101 MB out, 60 us; gradient: x and
+dy in, dx out, 302 MB, 90 us. Instructions, about 13 and 35 an element: 22 and 60 us of 132 x 128 lanes at 1.75 GHz,
+behind the copies.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu import fragmented_array
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.causal_conv1d import xla
+
+LANES = 64  # channels of a thread block: 128 bytes, a full line of memory
+TILE = 64  # tokens of a tile
+HALO = 8  # tokens before it that come with it
+ROWS = 8  # tokens that a warpgroup computes at once: 2 a warp
+_SLOTS = 3  # tiles in flight
+_BLOCKS = 4 * 132  # thread blocks that are enough: 4 on each multiprocessor
+# 64 channels are 16 threads with 4 each.
+_LAYOUT = plgpu.Layout.TILED(
+    fragmented_array.Tiling(((ROWS, LANES), (2, LANES), (4,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1
+)
+_PER_ROW, _PER_CHANNEL = _LAYOUT.reduce(1), _LAYOUT.reduce(0)
+
+
+def supports(x: Any, weight: Any, sizes: tuple[int, ...]) -> str | None:
+    """Why the kernels cannot take these inputs, or None if they can."""
+    if not hasattr(plgpu, "InterpretGPUParams"):
+        return "needs jax 0.11 or later"
+    if x.dtype != jnp.bfloat16:
+        return f"x must be bfloat16, got {x.dtype}"
+    if any(size % LANES for size in sizes):
+        return f"every part must be a multiple of {LANES} channels, got {sizes}"
+    if weight.shape[-1] - 1 > HALO:
+        return f"at most {HALO + 1} taps, got {weight.shape[-1]}"
+    if x.shape[1] == 1:
+        return "one token is one pass in plain JAX too"
+    return None
+
+
+def causal_conv1d(
+    x, weight, bias, initial, documents, initial_document, first, sizes, interpret=False
+) -> tuple[tuple[jax.Array, ...], jax.Array]:
+    """See `api.causal_conv1d`: the parts, and what the next call begins with. `interpret`: on the CPU."""
+    y = _outputs(first, sizes, interpret, x, weight, bias, initial, documents, initial_document)
+    return y, xla.inputs_after(x, weight, initial, documents, initial_document, first)
+
+
+def outputs(x, weight, bias, initial, documents, initial_document, first, sizes):
+    """The parts alone."""
+    return _outputs(first, sizes, False, x, weight, bias, initial, documents, initial_document)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _outputs(first, sizes, interpret, *inputs):
+    plan, prepared = _prepare(first, sizes, interpret, TILE, *inputs)
+    return _convolve(plan, prepared)
+
+
+def backward(first, sizes, interpret, inputs, cotangents):
+    """Gradients of all `inputs` but the documents, from the cotangents of the parts."""
+    x, weight, bias, initial, documents, initial_document = inputs
+    plan, prepared = _prepare(first, sizes, interpret, TILE - HALO, *inputs)
+    dx, sums = _gradients(plan, prepared, cotangents)
+    rest = x.shape[-1] - first - sum(sizes)
+    dx = jnp.pad(dx, [(0, 0)] * 3 + [(first, rest)])
+    d_weight = jnp.moveaxis(sums[:-1], 0, -1).astype(weight.dtype)
+    d_bias = None if bias is None else sums[-1].astype(bias.dtype)
+    d_initial = None if initial is None else _d_initial(prepared.lead, first, inputs, cotangents)
+    return dx, d_weight, d_bias, d_initial
+
+
+_outputs.defvjp(
+    lambda first, sizes, interpret, *inputs: (_outputs(first, sizes, interpret, *inputs), inputs),
+    lambda *arguments: (*backward(*arguments), None, None),
+)
+
+
+def _d_initial(lead, first, inputs, cotangents):
+    """What reaches earlier inputs comes from the first W-1 tokens only: plain JAX on those."""
+    x, weight, bias, initial, documents, initial_document = inputs
+    at = lead[:, None] + jnp.arange(min(initial.shape[1], x.shape[1]))
+    rows = lambda a: jnp.take_along_axis(a, jnp.clip(at, 0, a.shape[1] - 1).reshape(*at.shape, *[1] * (a.ndim - 2)), 1)
+    if documents is not None:
+        documents = jnp.where(at < x.shape[1], rows(documents), 0)
+    sizes = tuple(dy.shape[-1] for dy in cotangents)
+    of_first = lambda initial: xla.outputs(rows(x), weight, bias, initial, documents, initial_document, first, sizes)
+    return jax.vjp(of_first, initial)[1](tuple(rows(dy) for dy in cotangents))[0]
+
+
+# Host side.
+
+
+class _Plan(NamedTuple):
+    """How the work is cut.
+
+    Attributes:
+      first: the first channel in x. sizes: channels of each part.
+      step: tokens from tile to tile. tiles: of the sequence. piece: of a thread block.
+    """
+
+    first: int
+    sizes: tuple[int, ...]
+    step: int
+    tiles: int
+    piece: int
+    interpret: bool
+
+
+class _Inputs(NamedTuple):
+    """What both kernels get.
+
+    Attributes:
+      x: [B, T, G, X] bfloat16. taps: [W + 1, G, C] float32, the bias last. history: [B, W - 1, G, C] like x.
+      lead: place of the first token, [B] int32. reach: [B, all tiles] int32, or None where every token sees all.
+    """
+
+    x: Any
+    taps: Any
+    history: Any
+    lead: Any
+    reach: Any
+
+
+def _prepare(first, sizes, interpret, step, x, weight, bias, initial, documents, initial_document):
+    (batch, length, groups, channels), taps = x.shape, weight.shape[-1]
+    if channels % 8:  # the copy engine counts in 16 bytes
+        x, first = x[..., first : first + sum(sizes)], 0
+    bias = jnp.zeros(weight.shape[:-1]) if bias is None else bias
+    weights = jnp.concatenate([jnp.moveaxis(weight, -1, 0), bias[None]]).astype(jnp.float32)
+    if initial is None:
+        initial = jnp.zeros((batch, taps - 1, *weight.shape[:-1]))
+    tiles = -(-length // step)
+    pieces = min(tiles, -(-_BLOCKS * LANES // (batch * groups * sum(sizes))))
+    plan = _Plan(first, sizes, step, tiles, -(-tiles // pieces), interpret)
+    lead, _ = xla.extent(x, documents)
+    reach = None
+    if documents is not None:
+        reach = _reach(documents, initial_document, taps - 1)
+        reach = jnp.pad(reach, ((0, 0), (0, tiles * step + TILE - length)), constant_values=-1)
+    return plan, _Inputs(x, weights, initial.astype(x.dtype), lead.astype(jnp.int32), reach)
+
+
+def _reach(documents, initial_document, history):
+    """How many earlier inputs each token sees, -1 at pads. [B, T]."""
+    ages = range(1, min(history + 1, documents.shape[1]))
+    same = sum(((xla.shift(documents, age) == documents).astype(jnp.int32) for age in ages), jnp.zeros_like(documents))
+    reach = jnp.where(documents == initial_document[:, None], history, same)
+    return jnp.where(documents > 0, reach, -1)
+
+
+def _launch(plan, name, body, inputs, others, out_type, scratch):
+    """`body` gets `_Inputs`, the references of `others` and of the outputs, and the scratch."""
+    given = [a for a in inputs if a is not None]
+
+    def kernel(*refs):
+        refs = iter(refs)
+        inputs_ = _Inputs(*(None if a is None else next(refs) for a in inputs))
+        rest = tuple(refs)
+        split = len(rest) - len(scratch)
+        body(inputs_, rest[: len(others)], rest[len(others) : split], type(scratch)(*rest[split:]))
+
+    kernel.__name__ = name
+    batch, groups = inputs.x.shape[0], inputs.x.shape[2]
+    grid = dict(batch=batch, piece=-(-plan.tiles // plan.piece), group=groups, lanes=sum(plan.sizes) // LANES)
+    run = plgpu.kernel(
+        kernel,
+        out_type=out_type,
+        grid=tuple(grid.values()),
+        grid_names=tuple(grid),
+        scratch_types=list(scratch),
+        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
+        interpret=plgpu.InterpretGPUParams(detect_races=True) if plan.interpret else None,
+    )
+    return run(*given, *others)
+
+
+# Device side.
+
+
+class _Place:
+    """Which part of the work a thread block has."""
+
+    def __init__(self, plan):
+        self._plan = plan
+        self.batch, self.group, self.piece, self.lane = (
+            lax.axis_index(name) for name in ("batch", "group", "piece", "lanes")
+        )
+        self.tiles = jnp.minimum(plan.piece, plan.tiles - self.piece * plan.piece)
+        self.channels = pl.ds(self.lane * LANES, LANES)  # of the convolution
+        self.inputs = pl.ds(plan.first + self.lane * LANES, LANES)  # the same in x
+
+    def token(self, tile):
+        """The first token of a tile."""
+        return (self.piece * self._plan.piece + tile) * self._plan.step
+
+    def in_its_part(self, parts, act):
+        """Calls `act(part, its channels)` for the part that the thread block's channels are in."""
+        ends = itertools.accumulate(self._plan.sizes)
+        for part, size, end in zip(parts, self._plan.sizes, ends, strict=True):
+            at = self.lane * LANES - (end - size)
+            pl.when((at >= 0) & (at < size))(functools.partial(act, part, pl.ds(at, LANES)))
+
+
+def _tiles(*shape, dtype=jnp.bfloat16):
+    return plgpu.SMEM((*shape, LANES), dtype)
+
+
+def _read(ref, layout=_LAYOUT):
+    return plgpu.load(ref, layout=layout, optimized=False)
+
+
+def _down(vector):
+    """One value a channel, for all rows."""
+    return plgpu.layout_cast(lax.broadcast_in_dim(vector, (ROWS, LANES), [1]), _LAYOUT)
+
+
+def _across(vector):
+    """One value a row, for all channels."""
+    return plgpu.layout_cast(lax.broadcast_in_dim(vector, (ROWS, LANES), [0]), _LAYOUT)
+
+
+def _read_taps(place, taps):
+    """Weights, oldest first, and the bias."""
+    return [_read(taps.at[j, place.group, place.channels], _PER_CHANNEL) for j in range(taps.shape[0])]
+
+
+def _load_inputs(place, tile, x, target, barrier):
+    """x of a tile and of the tokens before it; before the sequence there are none."""
+    token = place.token(tile)
+    copy = lambda tokens, target: plgpu.copy_gmem_to_smem(
+        x.at[place.batch, tokens, place.group, place.inputs], target, barrier
+    )
+    pl.when(token == 0)(lambda: copy(pl.ds(0, TILE), target.at[pl.ds(HALO, TILE)]))
+    pl.when(token > 0)(lambda: copy(pl.ds(token - HALO, HALO + TILE), target))
+
+
+def _put_history(place, token, inputs, x):
+    """Writes the inputs of earlier calls into the rows before the first token, if these are in x: [HALO + TILE, 64]."""
+    history = inputs.history.shape[1]
+    row = inputs.lead[place.batch] - history - (token - HALO)
+
+    @pl.when((row > -history) & (row < HALO + TILE))
+    def _():
+        for j in range(history):
+
+            @pl.when((row + j >= 0) & (row + j < HALO + TILE))
+            def _(j=j):
+                x.at[row + j][...] = _read(inputs.history.at[place.batch, j, place.group, place.channels], _PER_CHANNEL)
+
+        plgpu.commit_smem()
+
+
+def _read_reach(place, token, reach):
+    """`reach` of a few tokens, or None."""
+    return None if reach is None else _across(_read(reach.at[place.batch, pl.ds(token, ROWS)], _PER_ROW))
+
+
+def _where(reach, at_least, value):
+    """The value where `reach` allows it."""
+    return value if reach is None else jnp.where(reach >= at_least, value, 0.0)
+
+
+def _values(x, row, reach, taps):
+    """For the tokens of rows `row` and on: the input at each tap, latest first, and their sum with the bias."""
+    count = len(taps) - 1
+    inputs = [
+        _where(reach, age, _read(x.at[pl.ds(HALO + row - age, ROWS)]).astype(jnp.float32)) for age in range(count)
+    ]
+    return inputs, sum((_down(taps[count - 1 - age]) * v for age, v in enumerate(inputs)), _down(taps[count]))
+
+
+def _sigmoid(a):
+    return jnp.square(lax.rsqrt(1.0 + jnp.exp(-a)))  # a division is ten instructions
+
+
+class _Scratch(NamedTuple):
+    x: Any
+    y: Any
+    loaded: Any
+
+
+def _convolve(plan, inputs):
+    """The parts, [B, T, G, size]."""
+    batch, length, groups, _ = inputs.x.shape
+    slots = min(plan.piece, _SLOTS)
+    scratch = _Scratch(_tiles(slots, HALO + TILE), _tiles(2, TILE), plgpu.Barrier(num_barriers=slots))
+
+    def body(inputs, _, y, s):
+        place = _Place(plan)
+        taps = _read_taps(place, inputs.taps)
+
+        def load(tile):
+            slot = lax.rem(tile, slots)
+            _load_inputs(place, tile, inputs.x, s.x.at[slot], s.loaded.at[slot])
+
+        for tile in range(slots):
+            pl.when(tile < place.tiles)(lambda tile=tile: load(jnp.int32(tile)))
+
+        @pl.loop(0, place.tiles)
+        def _(tile):
+            slot, out, token = lax.rem(tile, slots), lax.rem(tile, 2), place.token(tile)
+            plgpu.barrier_wait(s.loaded.at[slot])
+            _put_history(place, token, inputs, s.x.at[slot])
+            plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+            for row in range(0, TILE, ROWS):
+                reach = _read_reach(place, token + row, inputs.reach)
+                _, pre = _values(s.x.at[slot], row, reach, taps)
+                value = _where(reach, 0, pre * _sigmoid(pre))
+                s.y.at[out, pl.ds(row, ROWS)][...] = value.astype(jnp.bfloat16)
+            plgpu.commit_smem()
+            store = lambda part, channels: plgpu.copy_smem_to_gmem(
+                s.y.at[out], part.at[place.batch, pl.ds(token, TILE), place.group, channels]
+            )
+            place.in_its_part(y, store)
+            pl.when(tile + slots < place.tiles)(lambda: load(tile + slots))
+
+        plgpu.wait_smem_to_gmem(0)
+
+    out_type = tuple(jax.ShapeDtypeStruct((batch, length, groups, size), jnp.bfloat16) for size in plan.sizes)
+    return _launch(plan, "causal_conv1d", body, inputs, (), out_type, scratch)
+
+
+class _GradientScratch(NamedTuple):
+    """d: the gradient of the sums, float32."""
+
+    x: Any
+    dy: Any
+    d: Any
+    dx: Any
+    loaded: Any
+
+
+def _gradients(plan, inputs, dy):
+    """dx, [B, T, G, C]; the gradients of weights, oldest first, and bias, [W + 1, G, C] float32."""
+    batch, length, groups, _ = inputs.x.shape
+    taps, _, channels = inputs.taps.shape
+    slots = min(plan.piece, _SLOTS)
+    scratch = _GradientScratch(
+        x=_tiles(slots, HALO + TILE),
+        dy=_tiles(slots, TILE),
+        d=_tiles(TILE, dtype=jnp.float32),
+        dx=_tiles(2, plan.step),
+        loaded=plgpu.Barrier(num_arrivals=2, num_barriers=slots),
+    )
+
+    def body(inputs, dy, outputs, s):
+        dx, sums = outputs
+        place = _Place(plan)
+        taps = _read_taps(place, inputs.taps)
+
+        def load(tile):
+            slot = lax.rem(tile, slots)
+            _load_inputs(place, tile, inputs.x, s.x.at[slot], s.loaded.at[slot])
+            tokens = pl.ds(place.token(tile), TILE)
+            copy = lambda part, channels: plgpu.copy_gmem_to_smem(
+                part.at[place.batch, tokens, place.group, channels], s.dy.at[slot], s.loaded.at[slot]
+            )
+            place.in_its_part(dy, copy)
+
+        for tile in range(slots):
+            pl.when(tile < place.tiles)(lambda tile=tile: load(jnp.int32(tile)))
+
+        def walk(tile, found):
+            slot, out, token = lax.rem(tile, slots), lax.rem(tile, 2), place.token(tile)
+            plgpu.barrier_wait(s.loaded.at[slot])
+            _put_history(place, token, inputs, s.x.at[slot])
+            found = _of_sums(plan, place, token, inputs, taps, found, s.x.at[slot], s.dy.at[slot], s.d)
+            plgpu.commit_smem()
+            pl.when(tile + slots < place.tiles)(lambda: load(tile + slots))
+            plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+            _of_inputs(plan, place, token, inputs, taps, s.d, s.dx.at[out])
+            plgpu.commit_smem()
+            target = dx.at[place.batch, pl.ds(token, plan.step), place.group, place.channels]
+            plgpu.copy_smem_to_gmem(s.dx.at[out], target)
+            return found
+
+        nothing = plgpu.layout_cast(jnp.zeros((ROWS, LANES), jnp.float32), _LAYOUT)
+        found = lax.fori_loop(0, place.tiles, walk, (nothing,) * len(taps))
+        for j, value in enumerate(found):
+            sums.at[place.batch, place.piece, j, place.group, :, place.channels][...] = value
+        plgpu.wait_smem_to_gmem(0)
+
+    out_type = (
+        jax.ShapeDtypeStruct((batch, length, groups, channels), jnp.bfloat16),
+        jax.ShapeDtypeStruct((batch, -(-plan.tiles // plan.piece), taps, groups, ROWS, channels), jnp.float32),
+    )
+    dx, sums = _launch(plan, "causal_conv1d_gradient", body, inputs, dy, out_type, scratch)
+    return dx, sums.sum(axis=(0, 1, 4))
+
+
+def _of_sums(plan, place, token, inputs, taps, found, x, dy, d):
+    """Writes d of a tile, and adds what its own tokens (the first `step`) give to weights and bias."""
+    found = list(found)
+    for row in range(0, TILE, ROWS):
+        reach = _read_reach(place, token + row, inputs.reach)
+        values, pre = _values(x, row, reach, taps)
+        gate = _sigmoid(pre)
+        value = _read(dy.at[pl.ds(row, ROWS)]).astype(jnp.float32) * gate * (1.0 + pre * (1.0 - gate))
+        value = _where(reach, 0, value)
+        d.at[pl.ds(row, ROWS)][...] = value
+        if row < plan.step:
+            found[-1] += value
+            for age, earlier in enumerate(values):
+                found[len(values) - 1 - age] += value * earlier
+    return tuple(found)
+
+
+def _of_inputs(plan, place, token, inputs, taps, d, dx):
+    """Writes dx of a tile's own tokens."""
+    count = len(taps) - 1
+    for row in range(0, plan.step, ROWS):
+        reach = [_read_reach(place, token + row + age, inputs.reach) for age in range(count)]
+        total = 0.0
+        for age in range(count):
+            later = _where(reach[age], age, _read(d.at[pl.ds(row + age, ROWS)]))
+            total += _down(taps[count - 1 - age]) * later
+        total = _where(reach[0], 0, total)  # at a pad it is that of an earlier input
+        dx.at[pl.ds(row, ROWS)][...] = total.astype(jnp.bfloat16)
