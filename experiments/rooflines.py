@@ -100,9 +100,9 @@ def attention_work(config: Config, queries: int, slots: int) -> Work:
 
 
 def experts_work(config: Config, tokens: int) -> Work:
-    """The routed experts of one layer: rows in, float32 rows out, the weights of the experts that are chosen."""
+    """The routed experts of one layer: rows in, rows out, the weights of the experts that are chosen."""
     rows = tokens * config.num_experts_per_tok
-    nbytes = 2 * _touched(config, tokens) * _expert(config) + (2 + 4) * rows * config.expert_width
+    nbytes = 2 * _touched(config, tokens) * _expert(config) + 2 * 2 * rows * config.expert_width
     return Work(2 * rows * _expert(config), nbytes)
 
 

@@ -39,7 +39,7 @@ def dispatch(
     with jax.named_scope("unsort"):
         place = _inverse(order).reshape(rows, chosen)
         # One gather a choice, which fuse into one pass; a gather of all and a sum would be three.
-        return sum(_take(y, place[:, k]) for k in range(chosen))
+        return sum(_take(y, place[:, k]).astype(jnp.float32) for k in range(chosen))
 
 
 def contribution(
@@ -78,7 +78,7 @@ def contribution(
         at = place - start
         here = (place >= 0) & (at >= 0) & (at < buffer)
         at = jnp.where(here, at, 0)
-        return sum(jnp.where(here[:, k, None], _take(y, at[:, k]), 0) for k in range(chosen))
+        return sum(jnp.where(here[:, k, None], _take(y, at[:, k]), 0).astype(jnp.float32) for k in range(chosen))
 
     return sum_of_rounds(compute, ends[-1], buffer, most_rounds, x.shape)
 

@@ -64,7 +64,7 @@ def expert_mlp(
         (`pallas_kernels.choice`).
 
     Returns:
-      float32 rows; zero beyond the last group.
+      rows in x's dtype, rounded once, after the router weight; zero beyond the last group.
 
     Raises:
       ValueError: shapes that do not belong together; a named implementation that cannot run on such arrays.

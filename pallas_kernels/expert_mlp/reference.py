@@ -18,7 +18,8 @@ def expert_mlp(x, up, down, weights, group_sizes):
     ends = jnp.cumsum(group_sizes)
     rows = jnp.arange(x.shape[0])[:, None]
     mine = (rows >= ends - group_sizes) & (rows < ends)  # [R, E]
-    return jnp.where(mine[..., None], _every_expert(x, up, down), 0).sum(axis=1) * weights[:, None]
+    y = jnp.where(mine[..., None], _every_expert(x, up, down), 0).sum(axis=1) * weights[:, None]
+    return y.astype(x.dtype)
 
 
 def token_mlp(x, up, down, ids, weights):

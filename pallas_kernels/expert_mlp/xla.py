@@ -117,12 +117,13 @@ def expert_mlp(x, up, down, weights, group_sizes):
             hidden = _dot(_take(padded, at, block), up_e, (1, 1))
             hidden = jnp.square(jax.nn.relu(hidden)).astype(x.dtype)
             out = _dot(hidden, down_e, (1, 0)) * _take(factors, at, block)[:, None]
-            return _put(y, jnp.where((jnp.arange(block) < own)[:, None], out, 0), at)
+            out = jnp.where((jnp.arange(block) < own)[:, None], out, 0).astype(x.dtype)
+            return _put(y, out, at)
 
         return blocks(body, y)
 
     # As a constant, the zeros of all layers would be one array that lives from the first to the last and is copied.
-    zero, group_sizes = jax.lax.optimization_barrier((jnp.float32(0), group_sizes))
+    zero, group_sizes = jax.lax.optimization_barrier((jnp.zeros((), x.dtype), group_sizes))
     return _each_expert(rows, group_sizes, step, jnp.broadcast_to(zero, (rows + room, width)))[:rows]
 
 

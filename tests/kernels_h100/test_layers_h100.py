@@ -62,10 +62,10 @@ def tiles_of(c, rows):
 
 
 def expert_bytes(c, tokens):
-    """Hidden units in tiles, float32 rows of all chosen experts, the shared expert's result."""
+    """Hidden units in tiles, rows of all chosen experts, the shared expert's result."""
     rows = tokens * c.num_experts_per_tok
     hidden = tiles_of(c, rows) * c.moe_intermediate_size * BF16
-    return hidden + rows * c.expert_width * F32 + tokens * c.hidden_size * BF16
+    return hidden + BF16 * (rows * c.expert_width + tokens * c.hidden_size)
 
 
 # The rest is bookkeeping of the sort and what XLA lays between; less, where XLA lets an array take another's place.

@@ -99,7 +99,7 @@ def test_bfloat16():
     values = {k: v if k == "weights" else as_bfloat16(v) for k, v in arguments(32).items()}
     exact = {k: np.asarray(v, np.float32) for k, v in values.items()}
     actual = call(expert_mlp, **values, group_sizes=sizes)
-    assert actual.dtype == jnp.float32
+    assert actual.dtype == jnp.bfloat16
     assert_close(actual, call(expert_mlp, **exact, group_sizes=sizes, implementation="reference"), 1e-2)
 
 

@@ -1,5 +1,7 @@
 """expert_mlp's Hopper kernels in the Mosaic GPU interpreter, with race detection, against `reference`."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,11 +54,12 @@ def arguments(rows, experts, features=FEATURES, width=WIDTH):
 
 
 def check(group_sizes, rows, races_found, **sizes):
-    """Products and rounding are those of the reference: only sums in float32 are ordered differently."""
+    """The reference is not rounded at the end."""
     values = (*arguments(rows, len(group_sizes), **sizes), jnp.asarray(group_sizes, jnp.int32))
     y = run(*values)
-    assert y.dtype == jnp.float32
-    assert_close(y, reference.expert_mlp(*values), 2e-3)
+    assert y.dtype == jnp.bfloat16
+    exact = (a.astype(jnp.float32) for a in values[:-1])
+    assert_close(y, reference.expert_mlp(*exact, values[-1]), 5e-3)
     assert not np.asarray(y)[sum(group_sizes) :].any()
     assert not races_found()
 
@@ -99,8 +102,9 @@ def test_rows_beyond_the_last_group_may_hold_anything(races_found):
 def test_gradients(races_found):
     """Groups across tile edges, an empty one, rows beyond the last, in a number that 8 does not divide."""
     group_sizes, values = jnp.array([70, 0, 130, 1], jnp.int32), arguments(MEDIUM, 4)
-    dy = as_bfloat16(random(4, MEDIUM, FEATURES)).astype(jnp.float32)
-    grads = lambda f, *a: jax.jit(lambda *a: jax.vjp(lambda *a: f(*a, group_sizes), *a)[1](dy))(*a)
+    dy = as_bfloat16(random(4, MEDIUM, FEATURES))
+    pull = lambda f, *a: jax.vjp(lambda *a: f(*a, group_sizes), *a)[1](dy.astype(a[0].dtype))
+    grads = lambda f, *a: jax.jit(functools.partial(pull, f))(*a)
     actual = grads(mosaic_gpu.expert_mlp, *values)
     expected = grads(reference.expert_mlp, *(a.astype(jnp.float32) for a in values))
     for name, value, a, e in zip(("x", "up", "down", "weights"), values, actual, expected, strict=True):
