@@ -75,7 +75,7 @@ def mamba2(
             "dt_bias": params["dt_bias"],
         }
         before = _no_state(dt, config) if state is None else state.ssm
-        options = {"config": config, "implementation": implementation, **carried}
+        options = {"config": config, "implementation": implementation, "finite_pads": True, **carried}
         scan = functools.partial(_scan, xBC, dt, vectors, **options)
         if shard.tokens_split:
             steps = step_size(dt, params["dt_bias"], config.time_step_limit)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import documents as docs
 from pallas_kernels.choice import choose, on_hopper
 from pallas_kernels.ssd import mosaic_gpu, reference, xla
 
@@ -28,6 +29,7 @@ def ssd(
     initial_state: Float[Array, "B G H P N"] | None = None,
     documents: Int[Array, "B T"] | None = None,
     initial_document: Int[Array, "B"] | None = None,
+    finite_pads: bool = False,
     chunk_size: int = 128,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B T G H P"], Float[Array, "B G H P N"]]:
@@ -48,6 +50,8 @@ def ssd(
       initial_state: state before the first token, float32; default zero.
       documents: see `pallas_kernels.documents`.
       initial_document: document that `initial_state` belongs to; default 0 (none) with `documents`.
+      finite_pads: x, B and C hold neither inf nor NaN at pads, as `causal_conv1d` leaves them. Otherwise they may hold
+        anything there, which costs a pass over all three.
       chunk_size: most tokens a chunk; changes the blocking, not the result.
       implementation: `"xla"`, `"mosaic_gpu"` (Hopper), `"reference"`, or None for the default
         (`pallas_kernels.choice`).
@@ -71,6 +75,8 @@ def ssd(
         raise ValueError(f"ssd: initial_state {initial_state.shape}, expected {state}")
     if documents is not None and initial_document is None:
         initial_document = jnp.zeros((batch,), documents.dtype)
+    if not finite_pads:
+        x, B, C = docs.without_pads(documents, x, B, C)
     reason = mosaic_gpu.supports(x, B, C)
     run = choose("ssd", IMPLEMENTATIONS, implementation, {"mosaic_gpu": reason})
     state = (initial_state.astype(jnp.float32), documents, initial_document)

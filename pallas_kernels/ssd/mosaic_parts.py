@@ -19,7 +19,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import documents as docs
 from pallas_kernels.ssd import xla
-from pallas_kernels.ssd.reference import step_size
 from pallas_kernels.ssd.tuning import CHUNK, ROWS
 from pallas_kernels.tiles import pad_to
 
@@ -53,8 +52,7 @@ class Inputs(NamedTuple):
 
 def prepare(x, dt, A, B, C, D, dt_bias, initial_state, documents, initial_document, dt_limit) -> Inputs:
     """The part of the scan in plain JAX: step sizes, log decays, documents and pads, padding of the width."""
-    x, dt, B, C = docs.without_pads(documents, x, dt, B, C)
-    (dt,) = docs.without_pads(documents, step_size(dt, dt_bias, dt_limit))
+    dt = xla.step_sizes(dt, dt_bias, dt_limit, documents)
     log_decay = jnp.maximum(dt * A, xla.SMALLEST_LOG_DECAY) * LOG2E
     if documents is not None:
         document = docs.current(documents, initial_document)

@@ -32,10 +32,9 @@ SMALLEST_LOG_DECAY = -88.0
 
 
 def ssd(x, dt, A, B, C, D, dt_bias, dt_limit, initial_state, documents, initial_document, chunk_size):
-    """See `api.ssd`."""
+    """See `api.ssd`; x, B and C are finite at pads."""
     length = x.shape[1]
-    x, dt, B, C = docs.without_pads(documents, x, dt, B, C)
-    (dt,) = docs.without_pads(documents, step_size(dt, dt_bias, dt_limit))
+    dt = step_sizes(dt, dt_bias, dt_limit, documents)
     if documents is not None:
         documents = docs.current(documents, initial_document)
     if length == 1:
@@ -62,6 +61,13 @@ def ssd(x, dt, A, B, C, D, dt_bias, dt_limit, initial_state, documents, initial_
         (state, _), y = jax.lax.scan(jax.checkpoint(scan_span), carry, pieces)
         y = rearrange(y, "s b t ... -> b (s t) ...")
     return y[:, :length], state
+
+
+def step_sizes(dt, dt_bias, dt_limit, documents):
+    """dt after softplus and limit, zero at pads, where dt may hold anything."""
+    (dt,) = docs.without_pads(documents, dt)  # 0 * NaN would poison the gradient of dt_bias
+    (dt,) = docs.without_pads(documents, step_size(dt, dt_bias, dt_limit))
+    return dt
 
 
 def backward(dt_limit, chunk_size, inputs, cotangents):

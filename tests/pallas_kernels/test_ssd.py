@@ -92,13 +92,15 @@ def test_documents_and_pads(rows, owner, length):
 
 
 @pytest.mark.parametrize("rows, owner", DOCUMENTS.values(), ids=DOCUMENTS)
-@pytest.mark.parametrize("garbage", [np.nan, np.inf], ids=["nan", "inf"])
+@pytest.mark.parametrize("garbage", [np.nan, np.inf, 1e3], ids=["nan", "inf", "finite"])
 def test_garbage_at_pads_is_not_seen(rows, owner, garbage):
     docs = documents(*rows)
     values = arguments(2, 10)
     dirty = values | {name: fill_pads(values[name], docs, garbage) for name in ("x", "dt", "B", "C")}
+    dirty["dt"] = fill_pads(values["dt"], docs, np.nan)
     options = dict(documents=docs, initial_document=np.array(owner, np.int32), chunk_size=4)
-    (y, state), (expected, expected_state) = call(ssd, **dirty, **options), call(ssd, **values, **options)
+    expected, expected_state = call(ssd, **values, **options)
+    y, state = call(ssd, **dirty, **options, finite_pads=bool(np.isfinite(garbage)))
     np.testing.assert_array_equal(np.asarray(y)[docs > 0], np.asarray(expected)[docs > 0])
     np.testing.assert_array_equal(state, expected_state)
 

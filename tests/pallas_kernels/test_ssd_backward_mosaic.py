@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from kernel_cases import documents, fill_pads, random
-from ssd_cases import DOCUMENTS, NO_LIMIT, arguments, short_pieces, without_races  # noqa: F401
+from ssd_cases import DOCUMENTS, NO_LIMIT, arguments, masked, short_pieces, without_races  # noqa: F401
 
 from pallas_kernels.ssd import mosaic_gpu, reference, tuning
 
@@ -16,10 +16,11 @@ NAMES = ("x", "dt", "A", "B", "C", "D", "dt_bias", "initial_state")
 RELATIVE = 2e-2
 
 
-def gradients(run, values, cotangents, docs, owner, limit, **options):
+def gradients(run, values, cotangents, docs, owner, limit, finite_pads=False, **options):
     """Gradients by name."""
 
     def scan(inputs):
+        inputs = inputs if finite_pads else masked(inputs, docs)
         *inputs, state = (inputs[name] for name in NAMES)
         return run(*inputs, limit, state, docs, owner, 128, **options)
 
@@ -27,10 +28,10 @@ def gradients(run, values, cotangents, docs, owner, limit, **options):
 
 
 @functools.cache
-def of_kernels(limit, piece):
+def of_kernels(limit, piece, finite_pads):
     """`piece` is what the test has patched."""
     del piece
-    return jax.jit(functools.partial(gradients, mosaic_gpu.ssd, limit=limit, interpret=True))
+    return jax.jit(functools.partial(gradients, mosaic_gpu.ssd, limit=limit, finite_pads=finite_pads, interpret=True))
 
 
 of_reference = jax.jit(functools.partial(gradients, reference.ssd), static_argnames="limit")
@@ -47,16 +48,17 @@ def in_float32(values):
 
 
 def check(values, docs=None, owner=None, limit=NO_LIMIT, dirty=None):
-    """`dirty`: what stands at pads, of inputs and of y's cotangent, for the kernels only."""
+    """`dirty`: what stands at pads of x, B and C, for the kernels only; if not None, NaN in dt and y's cotangent."""
     dy, d_state = cotangents_of(values)
     clean, given = dy, values
     if docs is not None:
         clean = fill_pads(dy, docs, 0)
         values = values | {name: fill_pads(values[name], docs, 0) for name in ("x", "dt", "B", "C")}
     if dirty is not None:
-        given = values | {name: fill_pads(values[name], docs, dirty) for name in ("x", "dt", "B", "C")}
-        dy = fill_pads(dy, docs, dirty)
-    actual = without_races(of_kernels(limit, tuning._piece), given, (dy, d_state), docs, owner)
+        given = values | {name: fill_pads(values[name], docs, dirty) for name in ("x", "B", "C")}
+        given["dt"], dy = (fill_pads(a, docs, np.nan) for a in (values["dt"], dy))
+    finite = dirty is not None and np.isfinite(dirty)
+    actual = without_races(of_kernels(limit, tuning._piece, finite), given, (dy, d_state), docs, owner)
     exact = in_float32(values)
     wanted = of_reference(reference_inputs(exact), (jnp.asarray(clean, jnp.float32), d_state), docs, owner, limit=limit)
     for name in NAMES:
@@ -104,9 +106,10 @@ def test_shapes(shape):
 
 @pytest.mark.usefixtures("short_pieces")
 @pytest.mark.parametrize("row, owner", DOCUMENTS.values(), ids=DOCUMENTS)
-def test_documents_and_pads(row, owner):
-    """NaN at pads is not seen, in inputs or in the cotangent of y."""
-    check(arguments(len(row)), documents(row), np.array([owner], np.int32), dirty=np.nan)
+@pytest.mark.parametrize("dirty", [np.nan, 1e3], ids=["nan", "finite"])
+def test_documents_and_pads(row, owner, dirty):
+    """What is at pads is not seen, in inputs or in the cotangent of y. Where it is finite, nothing masks it."""
+    check(arguments(len(row)), documents(row), np.array([owner], np.int32), dirty=dirty)
 
 
 @pytest.mark.usefixtures("short_pieces")

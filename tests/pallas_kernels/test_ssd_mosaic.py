@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from kernel_cases import documents, fill_pads, random
-from ssd_cases import DOCUMENTS, NO_LIMIT, arguments, short_pieces, without_races  # noqa: F401
+from ssd_cases import DOCUMENTS, NO_LIMIT, arguments, masked, short_pieces, without_races  # noqa: F401
 
 from pallas_kernels import choice
 from pallas_kernels.ssd import mosaic_gpu, reference, ssd, tuning
@@ -18,11 +18,12 @@ RELATIVE = 1e-2
 
 
 @functools.cache
-def compiled(implementation, limit, piece, options=()):
+def compiled(implementation, limit, piece, options=(), finite_pads=False):
     """`f(arguments, documents, owner)`; `piece` is what the test has patched."""
     del piece
 
     def run(values, docs, owner):
+        values = values if finite_pads else masked(values, docs)
         inputs = [values[name] for name in ("x", "dt", "A", "B", "C", "D", "dt_bias")]
         return implementation(*inputs, limit, values["initial_state"], docs, owner, 128, **dict(options))
 
@@ -33,8 +34,8 @@ def expected(values, docs=None, owner=None, limit=NO_LIMIT):
     return compiled(reference.ssd, limit, None)(values, docs, owner)
 
 
-def kernels(values, docs=None, owner=None, limit=NO_LIMIT):
-    run = compiled(mosaic_gpu.ssd, limit, tuning._piece, (("interpret", True),))
+def kernels(values, docs=None, owner=None, limit=NO_LIMIT, finite_pads=False):
+    run = compiled(mosaic_gpu.ssd, limit, tuning._piece, (("interpret", True),), finite_pads)
     return without_races(run, values, docs, owner)
 
 
@@ -80,12 +81,14 @@ def test_shapes(shape):
 
 @pytest.mark.usefixtures("short_pieces")
 @pytest.mark.parametrize("row, owner", DOCUMENTS.values(), ids=DOCUMENTS)
-def test_documents_and_pads(row, owner):
-    """NaN at pads is not seen either."""
+@pytest.mark.parametrize("finite", [False, True], ids=["nan", "finite"])
+def test_documents_and_pads(row, owner, finite):
+    """What is at pads is not seen. Where it is finite in x, B and C, nothing masks it."""
     docs, owners = documents(row), np.array([owner], np.int32)
     values = arguments(len(row))
-    dirty = {name: fill_pads(values[name], docs, np.nan) for name in ("x", "dt", "B", "C")}
-    actual, wanted = kernels(values | dirty, docs, owners), expected(values, docs, owners)
+    dirty = {name: fill_pads(values[name], docs, 1e3 if finite else np.nan) for name in ("x", "B", "C")}
+    dirty["dt"] = fill_pads(values["dt"], docs, np.nan)
+    actual, wanted = kernels(values | dirty, docs, owners, finite_pads=finite), expected(values, docs, owners)
     np.testing.assert_allclose(actual[1], wanted[1], rtol=0, atol=RELATIVE * np.abs(wanted[1]).max())
     real = docs > 0
     y, wanted_y = (np.asarray(v[0], np.float32)[real] for v in (actual, wanted))
