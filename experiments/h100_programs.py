@@ -20,6 +20,7 @@ from nemojax.dispatch import local
 from nemojax.layers.block import block
 from nemojax.segments import enter
 from nemojax.specs import abstract_params, layer_name
+from pallas_kernels.causal_conv1d import causal_conv1d
 from pallas_kernels.expert_mlp import expert_mlp, token_mlp
 from pallas_kernels.flash_attention import flash_attention
 from pallas_kernels.ssd import ssd
@@ -70,6 +71,17 @@ def scan(config: Config, tokens: int, batch: int = 1) -> Program:
     arrays = (x, _bf16(batch, tokens, groups, heads), vector, keys, keys, vector, vector)
     run = lambda *inputs: ssd(*inputs[:-1], initial_state=inputs[-1])
     return Program(run, (*arrays, _f32(batch, groups, heads, width, state)))
+
+
+def convolution(config: Config, tokens: int, batch: int = 1) -> Program:
+    """The convolution of a Mamba-2 layer, out of its input projection into x, B and C, after earlier inputs."""
+    groups, inner, keys = config.n_groups, config.mamba_heads_per_group * config.mamba_head_dim, config.ssm_state_size
+    channels, width = inner + 2 * keys, 2 * inner + 2 * keys + config.mamba_heads_per_group
+    before = _bf16(batch, config.conv_kernel - 1, groups, channels)
+    options = {"first": inner, "parts": (inner, keys, keys)}
+    run = lambda *inputs, **more: causal_conv1d(*inputs[:-1], initial=inputs[-1], **options, **more)
+    weights = (_bf16(groups, channels, config.conv_kernel), _bf16(groups, channels))
+    return Program(run, (_bf16(batch, tokens, groups, width), *weights, before))
 
 
 def attention(config: Config, queries: int, slots: int, batch: int = 1) -> Program:

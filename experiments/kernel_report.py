@@ -46,6 +46,8 @@ def operations() -> dict[str, Case]:
     for name, config, gradient in (("Nano", NANO, 7), ("Ultra", ULTRA, 0)):
         scan = Case(programs.scan(config, TOKENS), rooflines.scan_work(config, TOKENS), gradient)
         cases[f"scan, {name}, 8,192 tokens"] = scan
+    convolution = Case(programs.convolution(NANO, TOKENS), rooflines.convolution_work(NANO, TOKENS), 4)
+    cases["convolution, Nano, 8,192 tokens"] = convolution
     for queries, slots, gradient in ((TOKENS, TOKENS, 3), (1, 131_072, 0)):
         program, work = programs.attention(NANO, queries, slots), rooflines.attention_work(NANO, queries, slots)
         cases[f"attention, Nano, {queries:,} to {slots:,}"] = Case(program, work, gradient)

@@ -92,6 +92,12 @@ def scan_work(config: Config, tokens: int) -> Work:
     return Work(tokens * flops, tokens * row + 2 * 4 * inner * config.ssm_state_size)
 
 
+def convolution_work(config: Config, tokens: int) -> Work:
+    """The convolution of one Mamba-2 layer: its channels in and out."""
+    channels = config.mamba_inner + 2 * config.n_groups * config.ssm_state_size
+    return Work(2 * config.conv_kernel * tokens * channels, 2 * 2 * tokens * channels)
+
+
 def attention_work(config: Config, queries: int, slots: int) -> Work:
     """Causal attention of the last `queries` tokens to `slots` of them: q, k, v in, the result out."""
     heads, groups = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim

@@ -167,7 +167,7 @@ def experts_case(config: Config, tokens: int, *, gradient: bool = False) -> Case
     sizes = np.bincount(_routing(config, tokens).ravel(), minlength=config.n_routed_experts).astype(np.int32)
     run = lambda implementation, *a: (expert_mlp(*a, jnp.asarray(sizes), implementation=implementation),)
     weights = 2 * 2 * np.count_nonzero(sizes) * width * features
-    work = Work(weights + rows * features * (2 + 4), 4 * rows * width * features)
+    work = Work(weights + rows * features * 2 * 2, 4 * rows * width * features)
     name = f"experts, {tokens:,} tokens of {features} x {width}" + (" gradient" if gradient else "")
     arrays = lambda key: _expert_arrays(config, key, rows)
     return Case(name, arrays, 4, run, FAST, work, 3.0 if gradient else None)
@@ -204,18 +204,29 @@ def _expert_arrays(config: Config, key: jax.Array, rows: int) -> tuple:
     return x, up, down, jax.random.uniform(k[3], (rows,))
 
 
-def conv_case(config: Config, batch: int, tokens: int) -> Case:
-    """The causal convolution of a Mamba-2 layer, with bias and silu."""
-    channels = config.mamba_heads_per_group * config.mamba_head_dim + 2 * config.ssm_state_size
-    groups, taps = config.n_groups, config.conv_kernel
+def conv_case(config: Config, batch: int, tokens: int, *, packed: bool = False, gradient: bool = False) -> Case:
+    """The causal convolution of a Mamba-2 layer, with bias and silu, out of the input projection into x, B and C.
+
+    With `packed`, after earlier inputs. The gradient does not need the result, and asks for it in one array.
+    """
+    groups, taps, keys = config.n_groups, config.conv_kernel, config.ssm_state_size
+    inner = config.mamba_heads_per_group * config.mamba_head_dim
+    channels, width = inner + 2 * keys, 2 * inner + 2 * keys + config.mamba_heads_per_group
+    options = {"documents": _documents(batch, tokens), "initial_document": jnp.ones(batch, jnp.int32)} if packed else {}
 
     def arrays(key):
-        k = jax.random.split(key, 3)
-        shapes = [(batch, tokens, groups, channels), (groups, channels, taps), (groups, channels)]
-        return tuple(_normal(key, *shape) for key, shape in zip(k, shapes, strict=True))
+        k = jax.random.split(key, 4)
+        shapes = [(batch, tokens, groups, width), (groups, channels, taps), (groups, channels)]
+        shapes += [(batch, taps - 1, groups, channels)] if packed else []
+        return tuple(_normal(key, *shape) for key, shape in zip(k, shapes, strict=False))
 
-    run = lambda implementation, *a: causal_conv1d(*a, implementation=implementation)
+    def run(implementation, x, weight, bias, initial=None):
+        parts = None if gradient else (inner, keys, keys)
+        more = {"first": inner, "parts": parts, "initial": initial, "implementation": implementation}
+        y, after = causal_conv1d(x, weight, bias, **more, **options)
+        return (y, after) if gradient else (*y, after)
+
     elements = batch * tokens * groups * channels
-    return Case(
-        f"convolution {batch} x {tokens:,}", arrays, 3, run, ("xla",), Work(2 * 2 * elements, 2 * taps * elements)
-    )
+    work = Work(2 * 2 * elements, 2 * taps * elements)
+    name = f"convolution {batch} x {tokens:,}" + (" packed" if packed else "") + (" gradient" if gradient else "")
+    return Case(name, arrays, 4 if packed else 3, run, FAST, work, 1.5 if gradient else None)

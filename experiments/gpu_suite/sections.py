@@ -86,12 +86,15 @@ def operation_cases(
                 ssd(nano, 2, few - 37, packed=True, gradient=True),
                 *(ssd(c, 1, few, packed=True, gradient=g) for c in wide for g in (False, True)),
                 cases.conv_case(nano, 2, few),
+                cases.conv_case(nano, 2, few - 37, packed=True),
+                cases.conv_case(nano, 2, few - 37, packed=True, gradient=True),
             ],
             [
                 ssd(nano, 1, tokens),
                 ssd(nano, 1, tokens, gradient=True),
                 cases.ssd_step_case(nano, 16),
                 cases.conv_case(nano, 1, tokens),
+                cases.conv_case(nano, 1, tokens, gradient=True),
             ],
         ),
         "attention": (

@@ -42,6 +42,8 @@ def run(*arguments, **environment):
         (cases.experts_case(NANO, 64), 712),
         (cases.token_experts_case(NANO, 1), 36),
         (cases.ssd_step_case(NANO, 16), 20),
+        (cases.conv_case(NANO, 1, 8192), 60),
+        (cases.conv_case(NANO, 1, 8192, gradient=True), 90),
     ],
     ids=lambda value: value.name if isinstance(value, Case) else "",
 )
