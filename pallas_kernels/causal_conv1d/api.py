@@ -42,7 +42,7 @@ def causal_conv1d(
       first: where the channels begin in x, so that a part of a wider array need not be copied.
       parts: if given, y is a tuple of arrays with so many channels each, C in all.
       initial: the last W-1 inputs before this call, oldest first, zeros where the document had fewer.
-      documents: see `pallas_kernels.documents`.
+      documents: see `pallas_kernels.documents`; no pads inside a document.
       initial_document: document that `initial` belongs to; default 0 (none) with `documents`.
       implementation: `"xla"`, `"mosaic_gpu"` (Hopper), `"reference"`, or None for the default
         (`pallas_kernels.choice`).

@@ -30,22 +30,19 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.causal_conv1d import xla
+from pallas_kernels.tiles import ROW_LAYOUT, read
 
 LANES = 64  # channels of a thread block: 128 bytes, a full line of memory
 TILE = 64  # tokens of a tile
 HALO = 8  # tokens before it that come with it
-ROWS = 8  # tokens that a warpgroup computes at once: 2 a warp
+_STRIP, _GRADIENT_STRIP = 32, 8  # tokens that a warpgroup computes at once; few fences, few registers
 _SLOTS = 3  # tiles in flight
-_BLOCKS = 4 * 132  # thread blocks that are enough: 4 on each multiprocessor
-# 64 channels are 16 threads with 4 each.
-_LAYOUT = plgpu.Layout.TILED(
-    fragmented_array.Tiling(((ROWS, LANES), (2, LANES), (4,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1
-)
-_PER_ROW, _PER_CHANNEL = _LAYOUT.reduce(1), _LAYOUT.reduce(0)
+_MULTIPROCESSORS, _SHORTEST_PIECE = 132, 8
+_MOST_TAPS = 5  # whose gradient the registers hold
+_PER_ROW, _PER_CHANNEL = ROW_LAYOUT.reduce(1), ROW_LAYOUT.reduce(0)
 
 
 def supports(x: Any, weight: Any, sizes: tuple[int, ...]) -> str | None:
@@ -54,10 +51,12 @@ def supports(x: Any, weight: Any, sizes: tuple[int, ...]) -> str | None:
         return "needs jax 0.11 or later"
     if x.dtype != jnp.bfloat16:
         return f"x must be bfloat16, got {x.dtype}"
-    if any(size % LANES for size in sizes):
+    if any(size % LANES or size == 0 for size in sizes):
         return f"every part must be a multiple of {LANES} channels, got {sizes}"
-    if weight.shape[-1] - 1 > HALO:
-        return f"at most {HALO + 1} taps, got {weight.shape[-1]}"
+    if weight.shape[-1] > _MOST_TAPS:
+        return f"at most {_MOST_TAPS} taps, got {weight.shape[-1]}"
+    if x.size == 0:
+        return "there are no tokens"
     if x.shape[1] == 1:
         return "one token is one pass in plain JAX too"
     return None
@@ -156,22 +155,40 @@ def _prepare(first, sizes, interpret, step, x, weight, bias, initial, documents,
     if initial is None:
         initial = jnp.zeros((batch, taps - 1, *weight.shape[:-1]))
     tiles = -(-length // step)
-    pieces = min(tiles, -(-_BLOCKS * LANES // (batch * groups * sum(sizes))))
-    plan = _Plan(first, sizes, step, tiles, -(-tiles // pieces), interpret)
+    plan = _Plan(first, sizes, step, tiles, _piece(tiles, batch * groups * sum(sizes) // LANES), interpret)
     lead, _ = xla.extent(x, documents)
     reach = None
     if documents is not None:
-        reach = _reach(documents, initial_document, taps - 1)
+        reach = _reach(documents, initial_document, lead, taps - 1)
         reach = jnp.pad(reach, ((0, 0), (0, tiles * step + TILE - length)), constant_values=-1)
     return plan, _Inputs(x, weights, initial.astype(x.dtype), lead.astype(jnp.int32), reach)
 
 
-def _reach(documents, initial_document, history):
-    """How many earlier inputs each token sees, -1 at pads. [B, T]."""
-    ages = range(1, min(history + 1, documents.shape[1]))
-    same = sum(((xla.shift(documents, age) == documents).astype(jnp.int32) for age in ages), jnp.zeros_like(documents))
-    reach = jnp.where(documents == initial_document[:, None], history, same)
-    return jnp.where(documents > 0, reach, -1)
+def _piece(tiles, walks):
+    """Tiles of a thread block: the multiprocessor with the most has as few as may be, if it can in 4 or more blocks."""
+    pieces = range(1, max(1, tiles // _SHORTEST_PIECE) + 1)
+    pieces = [count for count in pieces if walks * count >= 4 * _MULTIPROCESSORS] or pieces[-1:]
+    most = lambda count: -(-walks * count // _MULTIPROCESSORS) * -(-tiles // count)
+    return -(-tiles // min(pieces, key=most))
+
+
+def _reach(documents, initial_document, lead, history):
+    """How many earlier inputs each token sees, -1 at pads. [B, T]. Those of earlier calls lie before place `lead`."""
+    place = jnp.arange(documents.shape[1])
+    before, same = jnp.zeros_like(documents), documents > 0
+    for age in range(1, min(history + 1, documents.shape[1])):
+        same &= (xla.shift(documents, age) == documents) & (place >= age)
+        before += same
+    from_earlier = (documents == initial_document[:, None]) & (place - before == lead[:, None])
+    return jnp.where(documents > 0, jnp.where(from_earlier, history, before), -1)
+
+
+def _stored_length(plan, batch, length, groups):
+    """Tokens of an output in memory, whole tiles where rows of it may be one stretch of memory.
+
+    Of such a stretch the copy engine knows no rows: what is behind the end of one would go into the next.
+    """
+    return plan.tiles * plan.step if groups == 1 and batch > 1 else length
 
 
 def _launch(plan, name, body, inputs, others, out_type, scratch):
@@ -231,23 +248,19 @@ def _tiles(*shape, dtype=jnp.bfloat16):
     return plgpu.SMEM((*shape, LANES), dtype)
 
 
-def _read(ref, layout=_LAYOUT):
-    return plgpu.load(ref, layout=layout, optimized=False)
-
-
-def _down(vector):
-    """One value a channel, for all rows."""
-    return plgpu.layout_cast(lax.broadcast_in_dim(vector, (ROWS, LANES), [1]), _LAYOUT)
+def _down(vector, rows):
+    """One value a channel, for `rows` rows."""
+    return plgpu.layout_cast(lax.broadcast_in_dim(vector, (rows, LANES), [1]), ROW_LAYOUT)
 
 
 def _across(vector):
     """One value a row, for all channels."""
-    return plgpu.layout_cast(lax.broadcast_in_dim(vector, (ROWS, LANES), [0]), _LAYOUT)
+    return plgpu.layout_cast(lax.broadcast_in_dim(vector, (*vector.shape, LANES), [0]), ROW_LAYOUT)
 
 
 def _read_taps(place, taps):
     """Weights, oldest first, and the bias."""
-    return [_read(taps.at[j, place.group, place.channels], _PER_CHANNEL) for j in range(taps.shape[0])]
+    return [read(taps.at[j, place.group, place.channels], _PER_CHANNEL) for j in range(taps.shape[0])]
 
 
 def _load_inputs(place, tile, x, target, barrier):
@@ -271,14 +284,14 @@ def _put_history(place, token, inputs, x):
 
             @pl.when((row + j >= 0) & (row + j < HALO + TILE))
             def _(j=j):
-                x.at[row + j][...] = _read(inputs.history.at[place.batch, j, place.group, place.channels], _PER_CHANNEL)
+                x.at[row + j][...] = read(inputs.history.at[place.batch, j, place.group, place.channels], _PER_CHANNEL)
 
         plgpu.commit_smem()
 
 
-def _read_reach(place, token, reach):
-    """`reach` of a few tokens, or None."""
-    return None if reach is None else _across(_read(reach.at[place.batch, pl.ds(token, ROWS)], _PER_ROW))
+def _read_reach(place, token, rows, reach):
+    """`reach` of `rows` tokens, or None."""
+    return None if reach is None else _across(read(reach.at[place.batch, pl.ds(token, rows)], _PER_ROW))
 
 
 def _where(reach, at_least, value):
@@ -286,13 +299,16 @@ def _where(reach, at_least, value):
     return value if reach is None else jnp.where(reach >= at_least, value, 0.0)
 
 
-def _values(x, row, reach, taps):
-    """For the tokens of rows `row` and on: the input at each tap, latest first, and their sum with the bias."""
+def _values(x, row, rows, reach, taps):
+    """For the tokens of `rows` rows from `row` on: the input at each tap, latest first, and their sum with the bias."""
     count = len(taps) - 1
     inputs = [
-        _where(reach, age, _read(x.at[pl.ds(HALO + row - age, ROWS)]).astype(jnp.float32)) for age in range(count)
+        _where(reach, age, read(x.at[pl.ds(HALO + row - age, rows)], ROW_LAYOUT).astype(jnp.float32))
+        for age in range(count)
     ]
-    return inputs, sum((_down(taps[count - 1 - age]) * v for age, v in enumerate(inputs)), _down(taps[count]))
+    return inputs, sum(
+        (_down(taps[count - 1 - age], rows) * v for age, v in enumerate(inputs)), _down(taps[count], rows)
+    )
 
 
 def _sigmoid(a):
@@ -308,7 +324,7 @@ class _Scratch(NamedTuple):
 def _convolve(plan, inputs):
     """The parts, [B, T, G, size]."""
     batch, length, groups, _ = inputs.x.shape
-    slots = min(plan.piece, _SLOTS)
+    stored, slots = _stored_length(plan, batch, length, groups), min(plan.piece, _SLOTS)
     scratch = _Scratch(_tiles(slots, HALO + TILE), _tiles(2, TILE), plgpu.Barrier(num_barriers=slots))
 
     def body(inputs, _, y, s):
@@ -328,11 +344,11 @@ def _convolve(plan, inputs):
             plgpu.barrier_wait(s.loaded.at[slot])
             _put_history(place, token, inputs, s.x.at[slot])
             plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-            for row in range(0, TILE, ROWS):
-                reach = _read_reach(place, token + row, inputs.reach)
-                _, pre = _values(s.x.at[slot], row, reach, taps)
+            for row in range(0, TILE, _STRIP):
+                reach = _read_reach(place, token + row, _STRIP, inputs.reach)
+                _, pre = _values(s.x.at[slot], row, _STRIP, reach, taps)
                 value = _where(reach, 0, pre * _sigmoid(pre))
-                s.y.at[out, pl.ds(row, ROWS)][...] = value.astype(jnp.bfloat16)
+                s.y.at[out, pl.ds(row, _STRIP)][...] = value.astype(jnp.bfloat16)
             plgpu.commit_smem()
             store = lambda part, channels: plgpu.copy_smem_to_gmem(
                 s.y.at[out], part.at[place.batch, pl.ds(token, TILE), place.group, channels]
@@ -342,8 +358,9 @@ def _convolve(plan, inputs):
 
         plgpu.wait_smem_to_gmem(0)
 
-    out_type = tuple(jax.ShapeDtypeStruct((batch, length, groups, size), jnp.bfloat16) for size in plan.sizes)
-    return _launch(plan, "causal_conv1d", body, inputs, (), out_type, scratch)
+    out_type = tuple(jax.ShapeDtypeStruct((batch, stored, groups, size), jnp.bfloat16) for size in plan.sizes)
+    y = _launch(plan, "causal_conv1d", body, inputs, (), out_type, scratch)
+    return tuple(part[:, :length] for part in y)
 
 
 class _GradientScratch(NamedTuple):
@@ -360,7 +377,7 @@ def _gradients(plan, inputs, dy):
     """dx, [B, T, G, C]; the gradients of weights, oldest first, and bias, [W + 1, G, C] float32."""
     batch, length, groups, _ = inputs.x.shape
     taps, _, channels = inputs.taps.shape
-    slots = min(plan.piece, _SLOTS)
+    stored, slots = _stored_length(plan, batch, length, groups), min(plan.piece, _SLOTS)
     scratch = _GradientScratch(
         x=_tiles(slots, HALO + TILE),
         dy=_tiles(slots, TILE),
@@ -400,30 +417,32 @@ def _gradients(plan, inputs, dy):
             plgpu.copy_smem_to_gmem(s.dx.at[out], target)
             return found
 
-        nothing = plgpu.layout_cast(jnp.zeros((ROWS, LANES), jnp.float32), _LAYOUT)
+        nothing = plgpu.layout_cast(jnp.zeros((_GRADIENT_STRIP, LANES), jnp.float32), ROW_LAYOUT)
         found = lax.fori_loop(0, place.tiles, walk, (nothing,) * len(taps))
         for j, value in enumerate(found):
             sums.at[place.batch, place.piece, j, place.group, :, place.channels][...] = value
         plgpu.wait_smem_to_gmem(0)
 
     out_type = (
-        jax.ShapeDtypeStruct((batch, length, groups, channels), jnp.bfloat16),
-        jax.ShapeDtypeStruct((batch, -(-plan.tiles // plan.piece), taps, groups, ROWS, channels), jnp.float32),
+        jax.ShapeDtypeStruct((batch, stored, groups, channels), jnp.bfloat16),
+        jax.ShapeDtypeStruct(
+            (batch, -(-plan.tiles // plan.piece), taps, groups, _GRADIENT_STRIP, channels), jnp.float32
+        ),
     )
     dx, sums = _launch(plan, "causal_conv1d_gradient", body, inputs, dy, out_type, scratch)
-    return dx, sums.sum(axis=(0, 1, 4))
+    return dx[:, :length], sums.sum(axis=(0, 1, 4))
 
 
 def _of_sums(plan, place, token, inputs, taps, found, x, dy, d):
     """Writes d of a tile, and adds what its own tokens (the first `step`) give to weights and bias."""
-    found = list(found)
-    for row in range(0, TILE, ROWS):
-        reach = _read_reach(place, token + row, inputs.reach)
-        values, pre = _values(x, row, reach, taps)
+    found, rows = list(found), _GRADIENT_STRIP
+    for row in range(0, TILE, rows):
+        reach = _read_reach(place, token + row, rows, inputs.reach)
+        values, pre = _values(x, row, rows, reach, taps)
         gate = _sigmoid(pre)
-        value = _read(dy.at[pl.ds(row, ROWS)]).astype(jnp.float32) * gate * (1.0 + pre * (1.0 - gate))
+        value = read(dy.at[pl.ds(row, rows)], ROW_LAYOUT).astype(jnp.float32) * gate * (1.0 + pre * (1.0 - gate))
         value = _where(reach, 0, value)
-        d.at[pl.ds(row, ROWS)][...] = value
+        d.at[pl.ds(row, rows)][...] = value
         if row < plan.step:
             found[-1] += value
             for age, earlier in enumerate(values):
@@ -433,12 +452,12 @@ def _of_sums(plan, place, token, inputs, taps, found, x, dy, d):
 
 def _of_inputs(plan, place, token, inputs, taps, d, dx):
     """Writes dx of a tile's own tokens."""
-    count = len(taps) - 1
-    for row in range(0, plan.step, ROWS):
-        reach = [_read_reach(place, token + row + age, inputs.reach) for age in range(count)]
+    count, rows = len(taps) - 1, _GRADIENT_STRIP
+    for row in range(0, plan.step, rows):
+        reach = [_read_reach(place, token + row + age, rows, inputs.reach) for age in range(count)]
         total = 0.0
         for age in range(count):
-            later = _where(reach[age], age, _read(d.at[pl.ds(row + age, ROWS)]))
-            total += _down(taps[count - 1 - age]) * later
+            later = _where(reach[age], age, read(d.at[pl.ds(row + age, rows)], ROW_LAYOUT))
+            total += _down(taps[count - 1 - age], rows) * later
         total = _where(reach[0], 0, total)  # at a pad it is that of an earlier input
-        dx.at[pl.ds(row, ROWS)][...] = total.astype(jnp.bfloat16)
+        dx.at[pl.ds(row, rows)][...] = total.astype(jnp.bfloat16)

@@ -1,10 +1,11 @@
-"""The Mamba-2 scan as two Hopper kernels (Pallas, Mosaic GPU).
+"""The Mamba-2 scan as three Hopper kernels (Pallas, Mosaic GPU).
 
 The sequence of every head is cut into pieces, so many that heads x pieces fill the multiprocessors; a piece is walked
 in chunks of 64 tokens, its state in registers.
-  1. `mosaic_parts.piece_states`: the state that each piece but the last leaves if it starts from zero, one product a
+  1. `mosaic_steps.steps`: step sizes from dt (bias, softplus, limit), documents and pads, and the running sums a.
+  2. `mosaic_parts.piece_states`: the state that each piece but the last leaves if it starts from zero, one product a
      chunk. A scan over the few pieces (plain JAX) turns these into the state before each piece.
-  2. `_scan`: each piece from its true state. With a the running sum of the log decay inside a chunk,
+  3. `_scan`: each piece from its true state. With a the running sum of the log decay inside a chunk,
          links[l, s] = (C_l . B_s) exp(a_l - a_s) dt_s for s <= l, and D on the diagonal
          y^T         = S C^T exp(a_l) + x^T links^T
          S           = exp(a_end) S + (x^T exp(a_end - a_s) dt_s) B
@@ -16,7 +17,7 @@ Roofline, Nano (64 heads x 64 in 8 groups, state 128), 8,192 tokens on an H100 (
 y out are 20.5 KB a token, running sums and steps 0.8 KB, four pieces read x and B again for three quarters of the
 tokens, 8.3 KB: 242 MB, 72 us. Products: 3 MFLOP a token and 0.8 of the first pass: 32 GFLOP, 32 us.
 
-Gradient: `mosaic_gpu_backward.py`. Documents, pads, any width: `mosaic_parts.py`.
+Gradient: `mosaic_gpu_backward.py`. Any width: `mosaic_parts.py`.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.ssd import mosaic_gpu_backward, tuning
+from pallas_kernels.ssd import mosaic_gpu_backward, mosaic_steps, tuning
 from pallas_kernels.ssd import mosaic_parts as parts
 from pallas_kernels.ssd.mosaic_parts import PER_COLUMN, PER_ROW, WGMMA
 from pallas_kernels.ssd.tuning import CHUNK, ROWS
@@ -72,10 +73,10 @@ def ssd(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _ssd(dt_limit, interpret, *inputs):
-    x, groups = inputs[0], inputs[0].shape[2]
-    prepared = parts.prepare(*inputs, dt_limit)
-    y, state = _run(tuning.plan_of(prepared.x, prepared.B, interpret=interpret), prepared)
+def _ssd(dt_limit, interpret, x, dt, A, B, C, D, dt_bias, initial_state, *documents):
+    groups, inputs = x.shape[2], parts.arrange(x, B, C, D, initial_state)
+    steps = mosaic_steps.steps(dt, A, dt_bias, dt_limit, *documents, interpret)
+    y, state = _run(tuning.plan_of(inputs.x, inputs.B, interpret=interpret), inputs, steps)
     y = rearrange(y, "b t (g h) p -> b t g h p", g=groups)
     state = rearrange(state, "b (g h) p n -> b g h p n", g=groups)
     return y[:, : x.shape[1], ..., : x.shape[-1]], state[..., : x.shape[-1], :]
@@ -95,11 +96,10 @@ _ssd.defvjp(
 
 
 @functools.partial(jax.jit, static_argnums=0)  # equal layers are traced once
-def _run(plan, inputs):
+def _run(plan, inputs, steps):
     """y like x, and the state after the last token."""
-    vectors, ends = parts.chunk_vectors(plan.chunks, inputs.log_decay, inputs.dt)
-    before = parts.states_before_pieces(plan, inputs.x, inputs.B, vectors, ends, inputs.state)
-    return _scan(plan, inputs.x, inputs.B, inputs.C, vectors, inputs.skip, before)
+    before = parts.states_before_pieces(plan, inputs.x, inputs.B, *steps, inputs.state)
+    return _scan(plan, inputs.x, inputs.B, inputs.C, steps.vectors, inputs.skip, before)
 
 
 class _ScanScratch(NamedTuple):

@@ -39,7 +39,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.ssd import mosaic_parts as parts
-from pallas_kernels.ssd import tuning
+from pallas_kernels.ssd import mosaic_steps, tuning
 from pallas_kernels.ssd.mosaic_parts import PER_COLUMN, PER_ROW, WGMMA
 from pallas_kernels.ssd.tuning import CHUNK, ROWS
 from pallas_kernels.tiles import pad_to
@@ -49,19 +49,25 @@ _LN2 = math.log(2)
 
 def gradients(dt_limit, interpret, inputs, cotangents):
     """See `mosaic_gpu.backward`."""
-    *inputs, documents, initial_document = inputs
+    x, dt, A, B, C, D, dt_bias, initial_state, documents, initial_document = inputs
     dy, d_state = cotangents
-    prepare = lambda *inputs: parts.prepare(*inputs, documents, initial_document, dt_limit)
-    prepared, pull = jax.vjp(prepare, *inputs)
+    owners = (documents, initial_document)
+    arranged, pull = jax.vjp(parts.arrange, x, B, C, D, initial_state)
+    of_steps = lambda *inputs: mosaic_steps.differentiable(*inputs, dt_limit, *owners)
+    _, pull_steps = jax.vjp(of_steps, dt, A, dt_bias)
+    steps = mosaic_steps.steps(dt, A, dt_bias, dt_limit, *owners, interpret)
     if documents is not None:
         dy = jnp.where((documents > 0)[..., None, None, None], dy, 0)
     dy = rearrange(pad_to(pad_to(dy, axis=1), 4, ROWS), "b t g h p -> b t (g h) p")
     d_state = rearrange(pad_to(d_state, 3, ROWS), "b g h p n -> b (g h) p n")
-    return pull(_by_slices(prepared, dy, d_state, interpret))
+    d_inputs, d_steps = _by_slices(arranged, steps, dy, d_state, interpret)
+    dx, dB, dC, dD, d_initial_state = pull(d_inputs)
+    d_dt, dA, d_bias = pull_steps(tuple(a[:, : x.shape[1]] for a in d_steps))
+    return dx, d_dt, dA, dB, dC, dD, d_bias, d_initial_state
 
 
-def _by_slices(inputs, dy, d_state, interpret):
-    """The gradients of `inputs`, from scans whose states the registers hold.
+def _by_slices(inputs, steps, dy, d_state, interpret):
+    """The gradients of `inputs` and of log decays and steps, from scans whose states the registers hold.
 
     Columns of the state never meet but in y, which is a sum over them: a scan is the sum of the scans with slices of B,
     C and the state. The skip belongs to one of them.
@@ -72,36 +78,36 @@ def _by_slices(inputs, dy, d_state, interpret):
         skip = jnp.zeros_like(inputs.skip) if found else inputs.skip
         slices = inputs._replace(B=part(inputs.B), C=part(inputs.C), skip=skip, state=part(inputs.state))
         plan = tuning.plan_of(slices.x, slices.B, interpret=interpret)
-        found.append(_run(plan, slices, dy, part(d_state)))
+        found.append(_run(plan, slices, steps, dy, part(d_state)))
     if len(found) == 1:
         return found[0]
-    gathered = parts.Inputs(*zip(*found, strict=True))
+    gathered, of_steps = (list(zip(*each, strict=True)) for each in zip(*found, strict=True))
+    gathered = parts.Inputs(*gathered)
     total = lambda terms: sum(a.astype(jnp.float32) for a in terms).astype(terms[0].dtype)
     whole = functools.partial(jnp.concatenate, axis=-1)
-    return parts.Inputs(
+    inputs = parts.Inputs(
         x=total(gathered.x),
         B=whole(gathered.B),
         C=whole(gathered.C),
-        log_decay=total(gathered.log_decay),
-        dt=total(gathered.dt),
         skip=gathered.skip[0],
         state=whole(gathered.state),
     )
+    return inputs, tuple(total(terms) for terms in of_steps)
 
 
 @functools.partial(jax.jit, static_argnums=0)  # equal layers are traced once
-def _run(plan, inputs, dy, d_state):
-    """The gradients of `inputs`, in a tuple like it."""
-    x, B, C, log_decay, dt, skip, state = inputs
-    vectors, ends = parts.chunk_vectors(plan.chunks, log_decay, dt)
+def _run(plan, inputs, steps, dy, d_state):
+    """The gradients of `inputs`, in a tuple like it, and those of log decays and steps, [B, T rounded up, K]."""
+    x, B, C, skip, state = inputs
+    vectors, ends = steps
     before = parts.states_before_pieces(plan, x, B, vectors, ends, state)
     states, _ = parts.chunk_states(plan, x, B, vectors, before)
     behind = parts.states_before_pieces(plan, dy, C, vectors, ends, d_state, reverse=True)
     d_states, d_state = parts.chunk_states(plan, dy, C, vectors, behind, reverse=True)
     dx, dB, dC, sums = _chunk_gradients(plan, (x, dy, B, C, states, d_states, vectors), skip)
-    d_log_decay, d_dt, d_skip = _token_gradients(sums, ends, dt)
+    d_log_decay, d_step, d_skip = _token_gradients(sums, ends, vectors[:, : x.shape[2], parts.STEP])
     length = x.shape[1]
-    return parts.Inputs(dx, dB[:, :length], dC[:, :length], d_log_decay, d_dt, d_skip, d_state)
+    return parts.Inputs(dx, dB[:, :length], dC[:, :length], d_skip, d_state), (d_log_decay, d_step)
 
 
 class _Sums(NamedTuple):
@@ -123,21 +129,19 @@ class _Sums(NamedTuple):
     kept: Any
 
 
-def _token_gradients(sums, ends, dt):
-    """Gradients of log decay and dt, [B, T, K], and of skip, [K].
+def _token_gradients(sums, ends, step):
+    """Gradients of log decay and step, [B, T, K], and of skip, [K].
 
     Args:
-      sums: [B, K, row blocks, 6, T rounded up]. ends: log decay over each chunk, [B, c, K].
+      sums: [B, K, row blocks, 6, T]. ends: log decay over each chunk, [B, c, K]. step: [B, K, T].
     """
-    length = dt.shape[1]
     sums = _Sums(*rearrange(sums.sum(axis=2), "b k v (c l) -> v b c l k", l=CHUNK))
-    step = jnp.pad(dt, [(0, 0), (0, -length % CHUNK), (0, 0)])
-    step = rearrange(step, "b (c l) k -> b c l k", l=CHUNK)
+    step = rearrange(step, "b k (c l) -> b c l k", l=CHUNK)
     left = step * sums.left
     later = jnp.flip(parts.running_sum(jnp.flip(sums.arrived - step * sums.linked, axis=2), axis=2), axis=2)
     kept = jnp.exp2(ends)[:, :, None] * sums.kept.sum(axis=2, keepdims=True)
     log_decay = _LN2 * (later + (parts.running_sum(left, axis=2) - left) + kept)
-    tokens = lambda a: rearrange(a, "b c l k -> b (c l) k")[:, :length]
+    tokens = lambda a: rearrange(a, "b c l k -> b (c l) k")
     return tokens(log_decay), tokens(sums.linked + sums.own + sums.left), sums.skip.sum(axis=(0, 1, 2))
 
 

@@ -1,8 +1,8 @@
-"""What the forward and the backward pass of the Hopper scan share: preparation, sums over chunks, piece states.
+"""What the forward and the backward pass of the Hopper scan share: what they take, and piece states.
 
-What the kernels do not know: documents and padding. A document's first token decays by 2^-256, which is zero however it
-is summed; a pad has dt = 0 and no decay. Sums of log decays come in two parts as in `xla.py`, so differences are exact.
-Widths that are not a multiple of 64 are padded in memory.
+Only the first kernel (`mosaic_steps.py`) knows of documents and padding. A document's first token decays by 2^-256,
+which is zero however it is summed; a pad has dt = 0 and no decay. Widths that are not a multiple of 64 are padded in
+memory.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import documents as docs
-from pallas_kernels.ssd import xla
 from pallas_kernels.ssd.tuning import CHUNK, ROWS
 from pallas_kernels.tiles import pad_to
 
@@ -33,54 +32,44 @@ COARSE, FINE, STEP = 0, 1, 2  # of the vectors of a chunk
 
 
 class Inputs(NamedTuple):
-    """What the kernels get: K heads in all, width P a multiple of 64.
+    """What the kernels get beside the steps: K heads in all, width P a multiple of 64.
 
     Attributes:
       x: [B, T, K, P] bfloat16, T a multiple of 8. B, C: [B, T, G, N] bfloat16; K / G heads share them.
-      log_decay: base 2, [B, T, K] float32. dt: step sizes, the same shape.
       skip: [K] float32. state: [B, K, P, N] float32, before the first token.
     """
 
     x: Any
     B: Any
     C: Any
-    log_decay: Any
-    dt: Any
     skip: Any
     state: Any
 
 
-def prepare(x, dt, A, B, C, D, dt_bias, initial_state, documents, initial_document, dt_limit) -> Inputs:
-    """The part of the scan in plain JAX: step sizes, log decays, documents and pads, padding of the width."""
-    dt = xla.step_sizes(dt, dt_bias, dt_limit, documents)
-    log_decay = jnp.maximum(dt * A, xla.SMALLEST_LOG_DECAY) * LOG2E
-    if documents is not None:
-        document = docs.current(documents, initial_document)
-        before = jnp.concatenate([initial_document[:, None], document[:, :-1]], axis=1)
-        log_decay = jnp.where((document != before)[..., None, None], RESET, log_decay)
-    heads = lambda a: pad_to(rearrange(a, "b t g h ... -> b t (g h) ..."), axis=1)
-    state = rearrange(pad_to(initial_state, 3, ROWS), "b g h p n -> b (g h) p n")
-    x, B, C = heads(pad_to(x, 4, ROWS)), pad_to(B, axis=1), pad_to(C, axis=1)
-    return Inputs(x, B, C, heads(log_decay), heads(dt), D.reshape(-1), state)
+class Steps(NamedTuple):
+    """Steps and decays of all chunks of 64 tokens; more than K heads and T tokens do nothing.
 
-
-def chunk_vectors(chunks, log_decay, dt):
-    """Running sums inside each chunk and steps, [B, K, 3, T rounded up]; the log decay over each chunk, [B, c, K]."""
-    batch, length, heads = dt.shape
-    chunked = lambda a: jnp.pad(a, [(0, 0), (0, -length % CHUNK), (0, 0)]).reshape(batch, chunks, CHUNK, heads)
-    # Without the barriers XLA computes the steps again for every term of the running sums, and transposes each part.
-    log_decay, dt = lax.optimization_barrier((chunked(log_decay), chunked(dt)))
-    vectors = lax.optimization_barrier(jnp.stack([*_running_sums(log_decay), dt], axis=1))
-    return rearrange(vectors, "b v c l k -> b k v (c l)"), vectors[:, :STEP, :, -1].sum(axis=1)
-
-
-def _running_sums(log_decay):
-    """As in `xla.py`, but in doubling steps, which XLA fuses; a cumulative sum is six kernels on CUDA.
-
-    [B, c, l, K] -> twice the same.
+    Attributes:
+      vectors: running sums of the log decays (base 2), coarse and fine, and steps, [B, K, 3, T] float32.
+      ends: log decay over each chunk, [B, c, K].
     """
-    coarse = jnp.round(log_decay * 64) / 64
-    return [running_sum(coarse, axis=2), running_sum(log_decay - coarse, axis=2)]
+
+    vectors: Any
+    ends: Any
+
+
+def arrange(x, B, C, D, initial_state) -> Inputs:
+    """Heads in one axis; the width padded."""
+    heads = lambda a: pad_to(rearrange(a, "b t g h p -> b t (g h) p"), axis=1)
+    state = rearrange(pad_to(initial_state, 3, ROWS), "b g h p n -> b (g h) p n")
+    return Inputs(heads(pad_to(x, 4, ROWS)), pad_to(B, axis=1), pad_to(C, axis=1), D.reshape(-1), state)
+
+
+def begins(documents, initial_document):
+    """Whether a document begins at each place, [B, T]."""
+    document = docs.current(documents, initial_document)
+    before = jnp.concatenate([initial_document[:, None], document[:, :-1]], axis=1)
+    return document != before
 
 
 def running_sum(a, axis):
@@ -151,7 +140,7 @@ class Place:
         return pl.ds((self.block + block) * ROWS, ROWS)
 
 
-def launch(body, name, grid, threads, out_type, scratch, interpret):
+def launch(body, name, grid, threads, out_type, scratch, interpret, approximate=True):
     body.__name__ = name
     return plgpu.kernel(
         body,
@@ -161,7 +150,7 @@ def launch(body, name, grid, threads, out_type, scratch, interpret):
         num_threads=threads,
         thread_name="thread",
         scratch_types=list(scratch),
-        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
+        compiler_params=plgpu.CompilerParams(approx_math=approximate, lowering_semantics=plgpu.LoweringSemantics.Lane),
         interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
     )
 

@@ -14,12 +14,13 @@ from pallas_kernels.expert_mlp import tuning
 from pallas_kernels.ssd import tuning as ssd_tuning
 
 TOKENS, BF16, F32 = 8192, 2, 4
-MAMBA = {"causal_conv1d": 1, "ssd_piece_states": 1, "ssd_scan": 1}
+MAMBA = {"causal_conv1d": 1, "ssd_steps": 1, "ssd_piece_states": 1, "ssd_scan": 1}
 ATTENTION = {"attention_forward": 1}
 EXPERTS = {"expert_mlp_to_rows": 1, "expert_mlp_to_tiles": 1}
 # What the gradient of a layer calls, its forward pass included.
 MAMBA_GRADIENT = MAMBA | {
     "causal_conv1d_gradient": 1,
+    "ssd_steps": 2,
     "ssd_piece_states": 3,
     "ssd_chunk_states": 2,
     "ssd_chunk_gradients": 1,
@@ -43,7 +44,8 @@ def check(report, calls):
     for kernel in report.kernels:
         assert kernel.spill_bytes == 0 and kernel.shared_memory <= SHARED_MEMORY_LIMIT, kernel
         assert kernel.tma > 0 and kernel.thread_blocks > 0, kernel
-        assert kernel.wgmma > 0 or kernel.name.startswith("causal_conv1d"), kernel  # which multiplies no matrices
+        # The convolution and the steps multiply no matrices.
+        assert kernel.wgmma > 0 or kernel.name.startswith(("causal_conv1d", "ssd_steps")), kernel
 
 
 def projected_width(c):

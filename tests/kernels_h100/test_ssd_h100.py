@@ -48,9 +48,14 @@ def report(name, packed=False):
 @pytest.mark.parametrize("name", MODELS)
 def test_registers_shared_memory_and_instructions(name):
     for kernel in report(name).kernels:
-        assert kernel.spill_bytes == 0, kernel
-        assert kernel.shared_memory < SHARED_MEMORY_LIMIT, kernel
-        assert kernel.wgmma > 0 and kernel.tma > 0, kernel
+        check(kernel)
+
+
+def check(kernel):
+    assert kernel.spill_bytes == 0, kernel
+    assert kernel.shared_memory < SHARED_MEMORY_LIMIT, kernel
+    assert kernel.tma > 0, kernel
+    assert kernel.wgmma > 0 or kernel.name.startswith("ssd_steps"), kernel
 
 
 def names(report):
@@ -58,8 +63,8 @@ def names(report):
 
 
 def test_heads_that_fill_the_gpu_need_no_first_pass():
-    assert names(report("nano")) == ["ssd_piece_states", "ssd_scan"]
-    assert names(report("ultra")) == names(report("nano-batch-of-8")) == ["ssd_scan"]
+    assert names(report("nano")) == ["ssd_piece_states", "ssd_scan", "ssd_steps"]
+    assert names(report("ultra")) == names(report("nano-batch-of-8")) == ["ssd_scan", "ssd_steps"]
 
 
 @pytest.mark.parametrize("name", ["nano", "ultra"])
@@ -70,7 +75,7 @@ def test_memory_holds_no_state_of_every_chunk(name):
 
 
 def test_packed_documents_compile():
-    assert names(report("nano", packed=True)) == ["ssd_piece_states", "ssd_scan"]
+    assert names(report("nano", packed=True)) == ["ssd_piece_states", "ssd_scan", "ssd_steps"]
     assert all(kernel.spill_bytes == 0 for kernel in report("nano", packed=True).kernels)
 
 
@@ -87,9 +92,7 @@ def test_gradient(name):
     slices = inputs["B"].shape[-1] // tuning.GRADIENT_STATE
     assert found.calls["ssd_chunk_states"] == 2 * slices and found.calls["ssd_chunk_gradients"] == slices
     for kernel in found.kernels:
-        assert kernel.spill_bytes == 0, kernel
-        assert kernel.shared_memory < SHARED_MEMORY_LIMIT, kernel
-        assert kernel.wgmma > 0 and kernel.tma > 0, kernel
+        check(kernel)
 
 
 @pytest.mark.parametrize("length", [3, 1021])

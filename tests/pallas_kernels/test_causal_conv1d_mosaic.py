@@ -82,7 +82,7 @@ def test_more_tiles_than_slots():
 
 def test_pieces(monkeypatch):
     """A thread block for every two tiles; its first tile looks into another one's piece."""
-    monkeypatch.setattr(mosaic_gpu, "_BLOCKS", 3)
+    monkeypatch.setattr(mosaic_gpu, "_piece", lambda tiles, walks: 2)
     of_kernel.clear_cache()
     check(arguments(5 * 64 + 3))
     of_kernel.clear_cache()
@@ -94,7 +94,7 @@ SHAPES = {
     "part-of-a-wider-array": dict(sizes=(64, 64), first=24, behind=8),
     "width-that-the-copy-engine-cannot-take": dict(groups=2, first=3, behind=2),
     "2-taps": dict(taps=2),
-    "9-taps": dict(taps=9),
+    "5-taps": dict(taps=5),
 }
 
 
@@ -140,6 +140,23 @@ def test_rows_whose_first_tokens_differ():
     check(arguments(96, batch=3), documents(*rows), np.array([2, 2, 1], np.int32), dirty=np.nan)
 
 
+def test_pads_inside_a_document_are_not_read():
+    """Such a document is not specified, but what is at its pads must not be seen."""
+    rows, owner = [row_of("b30", ".3", "b37"), row_of("c30", ".1", "c39")], np.array([2, 2], np.int32)
+    docs, values = documents(*rows), arguments(70, batch=2)
+    run = lambda x: without_races(of_kernel, values | {"x": x}, cotangents, docs, owner, 0, (64,))
+    cotangents = ((jnp.ones((2, 70, 1, 64), jnp.bfloat16),), jnp.ones((2, 3, 1, 64), jnp.bfloat16))
+    for dirty, clean in zip(*(jax.tree.leaves(run(fill_pads(values["x"], docs, v))) for v in (np.nan, 0)), strict=True):
+        np.testing.assert_array_equal(np.asarray(dirty, np.float32), np.asarray(clean, np.float32))
+
+
+def test_piece_lengths():
+    """Nano: 96 walks of 128 tiles; 8 pieces of 16 give each of 132 multiprocessors 6. Never shorter than 8."""
+    assert mosaic_gpu._piece(128, 96) == 16
+    assert mosaic_gpu._piece(1, 96) == 1
+    assert all(mosaic_gpu._piece(tiles, walks) >= min(tiles, 8) for tiles in range(1, 99) for walks in (1, 96, 999))
+
+
 def test_large_values():
     """silu of -300 is 0 and its gradient too."""
     values = arguments(70)
@@ -152,9 +169,10 @@ def test_large_values():
         (dict(x=jnp.zeros((1, 8, 1, 64), jnp.float32)), "x must be bfloat16, got float32"),
         (dict(parts=(32, 32)), "every part must be a multiple of 64 channels"),
         (dict(x=jnp.zeros((1, 1, 1, 64), jnp.bfloat16)), "one token is one pass"),
-        (dict(weight=jnp.zeros((1, 64, 10)), initial=None), "at most 9 taps, got 10"),
+        (dict(weight=jnp.zeros((1, 64, 6)), initial=None), "at most 5 taps, got 6"),
+        (dict(x=jnp.zeros((1, 0, 1, 64), jnp.bfloat16)), "there are no tokens"),
     ],
-    ids=["float32", "narrow-parts", "one-token", "many-taps"],
+    ids=["float32", "narrow-parts", "one-token", "many-taps", "no-token"],
 )
 def test_what_the_kernel_cannot_do_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
