@@ -54,6 +54,12 @@ def _register_generate(commands: argparse._SubParsersAction) -> None:
     generate.add_argument("--top-p", type=float)
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: the checkpoint's")
+    generate.add_argument(
+        "--state-dtype",
+        choices=("float32", "float16", "bfloat16"),
+        default="float32",
+        help="of the Mamba-2 states between tokens (default: %(default)s)",
+    )
     generate.set_defaults(run=_generate)
 
 
@@ -76,6 +82,7 @@ def _generate(args: argparse.Namespace) -> int:
         top_k=args.top_k,
         top_p=args.top_p,
         key=args.seed,
+        state_dtype=args.state_dtype,
     )
     print(args.prompt + tokenizer.decode([int(i) for i in new[0]]))
     return 0

@@ -45,6 +45,7 @@ def generate(
     top_p: float | None = None,
     stop_ids: Sequence[int] | None = None,
     key: jax.Array | int = 0,
+    state_dtype: str = "float32",
 ) -> Int[Array, "B N"]:
     """Continues prompts.
 
@@ -58,6 +59,7 @@ def generate(
       top_p: sample among the fewest best tokens with this much probability together; None for all.
       stop_ids: a row ends after one of these; default the config's `eos_token_id`, `()` for never.
       key: random key or seed.
+      state_dtype: of the Mamba-2 states between tokens; see `init_cache`.
 
     Returns:
       The new tokens only, int32. After a stop id (which is kept), a row is filled with the config's pad id.
@@ -89,6 +91,7 @@ def generate(
         model=model,
         max_new_tokens=max_new_tokens,
         stop_ids=tuple(int(i) for i in stop_ids),
+        state_dtype=state_dtype,
         greedy=temperature == 0,
         truncate=top_k is not None or top_p is not None,
     )
@@ -124,8 +127,10 @@ def _check_sampling(max_new_tokens: int, temperature: float, top_k: int | None, 
         raise InputError(f"top_p must be above 0 and at most 1, got {top_p}")
 
 
-@functools.partial(jax.jit, static_argnames=("model", "max_new_tokens", "stop_ids", "greedy", "truncate"))
-def _generate(params, tokens, segment_ids, sampling, *, model, max_new_tokens, stop_ids, greedy, truncate):
+@functools.partial(
+    jax.jit, static_argnames=("model", "max_new_tokens", "stop_ids", "greedy", "truncate", "state_dtype")
+)
+def _generate(params, tokens, segment_ids, sampling, *, model, max_new_tokens, stop_ids, greedy, truncate, state_dtype):
     config = model.config
     batch, length = tokens.shape
     pad = jnp.int32(config.pad_token_id or 0)
@@ -140,7 +145,8 @@ def _generate(params, tokens, segment_ids, sampling, *, model, max_new_tokens, s
     with jax.named_scope("prefill"):
         slots = length + max_new_tokens - 1
         # Whole tiles: a kernel would copy all slots at every token to make them so.
-        cache = init_cache(config, batch, slots + -slots % TILE_ROWS, mesh=model.mesh)
+        slots += -slots % TILE_ROWS
+        cache = init_cache(config, batch, slots, mesh=model.mesh, state_dtype=state_dtype)
         prompt = run(tokens, segment_ids, cache)
         hidden = _last_real(prompt.hidden, segment_ids)
         token = choose_token(head(hidden)[:, 0], 0)

@@ -9,7 +9,7 @@ import pytest
 from layouts import DOCUMENTS
 from tiny import perturbed_params, run, tiny_config
 
-from nemojax import InputError, Nemotron, generate
+from nemojax import InputError, Nemotron, generate, init_cache
 from nemojax.generate import _generate
 
 CONFIG = tiny_config("M*E", pad_token_id=49, eos_token_id=None)
@@ -205,3 +205,24 @@ def test_refused_with_argument_and_numbers(changes, message):
     arguments = {"tokens": PROMPTS, "max_new_tokens": 2} | changes
     with pytest.raises(InputError, match=message):
         generate(Nemotron(CONFIG), perturbed_params(CONFIG), **arguments)
+
+
+@pytest.mark.parametrize("dtype, relative", [("float16", 2e-3), ("bfloat16", 2e-2)])
+def test_states_of_16_bits(dtype, relative):
+    """Between calls the states are 16 bits wide; logits after decoding token by token stay close."""
+    logits = {}
+    for name in ("float32", dtype):
+        cache = init_cache(CONFIG, 3, 16, state_dtype=name)
+        for t in range(8):
+            out = run(CONFIG, DOCUMENTS[:3, t : t + 1], None, cache)
+            cache = out.cache
+        assert cache.layers["layers_00"].ssm.dtype == jnp.dtype(name)
+        logits[name] = np.asarray(out.logits)
+    scale = np.abs(logits["float32"]).max()
+    assert 0 < np.abs(logits[dtype] - logits["float32"]).max() < relative * scale
+    assert new_tokens(state_dtype=dtype).shape == (len(PROMPTS), NEW)
+
+
+def test_state_dtype_that_does_not_exist():
+    with pytest.raises(InputError, match="state_dtype must be one of float32, float16, bfloat16, got 'int8'"):
+        new_tokens(state_dtype="int8")

@@ -18,6 +18,7 @@ from nemojax.config import Config
 from nemojax.layers.norm import gated_rms_norm
 from nemojax.layers.project import project, project_back
 from nemojax.layers.shell import declare
+from nemojax.rounding import round_stochastically
 from nemojax.segments import ALONE, Segments
 from nemojax.sharding import WHOLE, Shard
 from nemojax.specs import mamba2_specs
@@ -49,7 +50,7 @@ def mamba2(
       shard: which groups and tokens these are.
 
     Returns:
-      The output (unspecified at pads) and the state after the last token.
+      The output (unspecified at pads) and the state after the last token, in the dtypes of `state`.
     """
     inner, state_size = config.mamba_heads_per_group * config.mamba_head_dim, config.ssm_state_size
     carried = {"documents": segments.documents, "initial_document": segments.initial_document}
@@ -74,7 +75,7 @@ def mamba2(
             "D": params["D"].astype(jnp.float32),
             "dt_bias": params["dt_bias"],
         }
-        before = _no_state(dt, config) if state is None else state.ssm
+        before = _no_state(dt, config) if state is None else state.ssm.astype(jnp.float32)
         options = {"config": config, "implementation": implementation, "finite_pads": True, **carried}
         scan = functools.partial(_scan, xBC, dt, vectors, **options)
         if shard.tokens_split:
@@ -84,6 +85,8 @@ def mamba2(
             )
         else:
             y, ssm_state = scan(before)
+        if state is not None and state.ssm.dtype != jnp.float32:
+            ssm_state = round_stochastically(ssm_state, state.ssm.dtype)
     with jax.named_scope("gated_norm"):
         y = gated_rms_norm(y, z, params["norm"], config.layer_norm_epsilon)
     with jax.named_scope("out_proj"):

@@ -1,0 +1,46 @@
+"""Stochastic rounding, for states that are stored in 16 bits.
+
+A decaying state changes by less than half a unit of a 16-bit float in most steps, and rounding to the nearest would
+drop every one of these changes (NVIDIA on Nemotron 3 Super: float16 states cost 2.3% of the scores rounded to the
+nearest, nothing rounded stochastically).
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+_SMALLEST, _LARGEST = 2.0**-126, 2.0**127  # powers of two that are normal float32 numbers
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def round_stochastically(x: Float[Array, "..."], dtype: jax.typing.DTypeLike) -> Float[Array, "..."]:
+    """`x` [...] float32 as one of its two neighbours in `dtype`, the nearer one more often: right on average.
+
+    What decides is a hash of the value's own bits. So the result depends on nothing else, neither on the place of the
+    value nor on a key, and a program gives the same numbers each time. Values beyond the largest become the largest.
+    Gradients pass unchanged.
+    """
+    info = jnp.finfo(dtype)
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    power = jax.lax.bitcast_convert_type(bits & jnp.uint32(0x7F800000), jnp.float32)  # at most |x|
+    unit = jnp.maximum(
+        jnp.minimum(power, _LARGEST) * float(info.eps), max(float(info.tiny) * float(info.eps), _SMALLEST)
+    )
+    rounded = jnp.floor(x / unit + _uniform(bits)) * unit
+    return jnp.clip(rounded, float(info.min), float(info.max)).astype(dtype)
+
+
+@round_stochastically.defjvp
+def _straight_through(dtype, primals, tangents):
+    return round_stochastically(*primals, dtype), tangents[0].astype(dtype)
+
+
+def _uniform(bits):
+    """A number from 0 to 1 for each pattern of bits (the finaliser of MurmurHash3)."""
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
+    return ((bits ^ (bits >> 16)) >> 8).astype(jnp.float32) * 2.0**-24
