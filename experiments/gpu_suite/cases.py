@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nemojax.config import Config
+from nemojax.rounding import round_stochastically
 from pallas_kernels.causal_conv1d import causal_conv1d
 from pallas_kernels.expert_mlp import expert_mlp, token_mlp
 from pallas_kernels.flash_attention import flash_attention
@@ -109,8 +110,8 @@ def ssd_case(config: Config, batch: int, tokens: int, *, packed: bool = False, g
     return Case(name, arrays, 8 if packed else 7, run, FAST, work, 3.0 if gradient else None)
 
 
-def ssd_step_case(config: Config, batch: int) -> Case:
-    """One token: the state is read and written."""
+def ssd_step_case(config: Config, batch: int, state_dtype: str = "float32") -> Case:
+    """One token: the state is read and written, in 16 bits stochastically rounded."""
     one = ssd_case(config, batch, 1)
     groups, heads, width, state = (
         config.n_groups,
@@ -120,13 +121,18 @@ def ssd_step_case(config: Config, batch: int) -> Case:
     )
 
     def arrays(key):
-        before = _normal(key, batch, groups, heads, width, state, dtype=jnp.float32)
+        before = _normal(key, batch, groups, heads, width, state, dtype=state_dtype)
         return (*one.arrays(key), before)
 
-    run = lambda implementation, *a: ssd(*a[:7], initial_state=a[7], implementation=implementation)
-    nbytes = 2 * 4 * batch * config.mamba_inner * state
+    def run(implementation, *arrays):
+        *inputs, before = arrays
+        y, after = ssd(*inputs, initial_state=before.astype(jnp.float32), implementation=implementation)
+        return y, after if state_dtype == "float32" else round_stochastically(after, state_dtype)
+
+    nbytes = 2 * jnp.dtype(state_dtype).itemsize * batch * config.mamba_inner * state
     work = Work(nbytes + one.work.nbytes, one.work.flops)
-    return Case(f"ssd step, {batch * groups * heads:,} heads", arrays, 7, run, ("xla",), work)
+    name = f"ssd step, {batch * groups * heads:,} heads" + (f", {state_dtype}" if state_dtype != "float32" else "")
+    return Case(name, arrays, 7, run, ("xla",), work)
 
 
 def attention_case(

@@ -93,6 +93,7 @@ def operation_cases(
                 ssd(nano, 1, tokens),
                 ssd(nano, 1, tokens, gradient=True),
                 cases.ssd_step_case(nano, 16),
+                cases.ssd_step_case(nano, 16, "float16"),
                 cases.conv_case(nano, 1, tokens),
                 cases.conv_case(nano, 1, tokens, gradient=True),
             ],

@@ -90,9 +90,11 @@ def _from_initial(initial, weight, x, lead, documents, initial_document):
     added = sum(initial[:, j : j + history] * weight[..., j] for j in range(history))
     if documents is None:
         return jnp.pad(added[:, :length], ((0, 0), (0, max(0, length - history)), (0, 0), (0, 0)))
+    continues = (documents == initial_document[:, None])[..., None, None]
+    if length == 1:  # the first token, or a pad, where what is added is of no account
+        return jnp.where(continues, added[:, :1], 0)
     room = jnp.zeros((x.shape[0], length + history, *x.shape[2:]), jnp.float32)
     place = jax.vmap(lambda row, values, at: jax.lax.dynamic_update_slice_in_dim(row, values, at, axis=0))
-    continues = (documents == initial_document[:, None])[..., None, None]
     return jnp.where(continues, place(room, added, lead)[:, :length], 0)
 
 
