@@ -10,11 +10,15 @@ from jaxtyping import Array, Float
 def rms_norm(x: Float[Array, "*B D"], weight: Float[Array, "*W"], eps: float) -> Float[Array, "*B D"]:
     """`x / sqrt(mean(x^2) + eps) * weight` over the last axis (arXiv 1910.07467)."""
     value = x.astype(jnp.float32)
-    return (value * _scale(value, eps) * weight.astype(jnp.float32)).astype(x.dtype)
+    return _scaled(value, _squares(value), weight, eps).astype(x.dtype)
 
 
-def _scale(value, eps):
-    return jax.lax.rsqrt(jnp.mean(jnp.square(value), axis=-1, keepdims=True) + eps)
+def _squares(value):
+    return jnp.square(value).sum(axis=-1, keepdims=True)
+
+
+def _scaled(value, squares, weight, eps):
+    return value * jax.lax.rsqrt(squares / value.shape[-1] + eps) * weight.astype(jnp.float32)
 
 
 def gated_rms_norm(
@@ -23,5 +27,5 @@ def gated_rms_norm(
     """RMSNorm of `x * silu(gate)` within each group: the gate comes first (Mamba-2, `norm_before_gate=False`)."""
     gated = x.astype(jnp.float32) * jax.nn.silu(gate.astype(jnp.float32))
     # Two passes over bfloat16. In one, XLA for GPUs first writes x in float32 and copies the gate: 1.8x the bytes.
-    scale = jax.lax.optimization_barrier(_scale(gated, eps))
-    return (gated * scale * weight.astype(jnp.float32)).astype(x.dtype)
+    squares = jax.lax.optimization_barrier(_squares(gated))
+    return _scaled(gated, squares, weight, eps).astype(x.dtype)
