@@ -33,16 +33,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.causal_conv1d import xla
-from pallas_kernels.tiles import ROW_LAYOUT, read
+from pallas_kernels.mosaic import COLUMNS, EACH_COLUMN, EACH_ROW, ROW_LAYOUT, across, down, launch, read
 
-LANES = 64  # channels of a thread block: 128 bytes, a full line of memory
+LANES = COLUMNS  # channels of a thread block
 TILE = 64  # tokens of a tile
 HALO = 8  # tokens before it that come with it
 _STRIP, _GRADIENT_STRIP = 32, 8  # tokens that a warpgroup computes at once; few fences, few registers
 _SLOTS = 3  # tiles in flight
 _MULTIPROCESSORS, _SHORTEST_PIECE = 132, 8
 _MOST_TAPS = 5  # whose gradient the registers hold
-_PER_ROW, _PER_CHANNEL = ROW_LAYOUT.reduce(1), ROW_LAYOUT.reduce(0)
 
 
 def supports(x: Any, weight: Any, sizes: tuple[int, ...]) -> str | None:
@@ -202,18 +201,9 @@ def _launch(plan, name, body, inputs, others, out_type, scratch):
         split = len(rest) - len(scratch)
         body(inputs_, rest[: len(others)], rest[len(others) : split], type(scratch)(*rest[split:]))
 
-    kernel.__name__ = name
     batch, groups = inputs.x.shape[0], inputs.x.shape[2]
     grid = dict(batch=batch, piece=-(-plan.tiles // plan.piece), group=groups, lanes=sum(plan.sizes) // LANES)
-    run = plgpu.kernel(
-        kernel,
-        out_type=out_type,
-        grid=tuple(grid.values()),
-        grid_names=tuple(grid),
-        scratch_types=list(scratch),
-        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
-        interpret=plgpu.InterpretGPUParams(detect_races=True) if plan.interpret else None,
-    )
+    run = launch(kernel, name, grid, 1, out_type, scratch, plan.interpret)
     return run(*given, *others)
 
 
@@ -248,19 +238,9 @@ def _tiles(*shape, dtype=jnp.bfloat16):
     return plgpu.SMEM((*shape, LANES), dtype)
 
 
-def _down(vector, rows):
-    """One value a channel, for `rows` rows."""
-    return plgpu.layout_cast(lax.broadcast_in_dim(vector, (rows, LANES), [1]), ROW_LAYOUT)
-
-
-def _across(vector):
-    """One value a row, for all channels."""
-    return plgpu.layout_cast(lax.broadcast_in_dim(vector, (*vector.shape, LANES), [0]), ROW_LAYOUT)
-
-
 def _read_taps(place, taps):
     """Weights, oldest first, and the bias."""
-    return [read(taps.at[j, place.group, place.channels], _PER_CHANNEL) for j in range(taps.shape[0])]
+    return [read(taps.at[j, place.group, place.channels], EACH_COLUMN) for j in range(taps.shape[0])]
 
 
 def _load_inputs(place, tile, x, target, barrier):
@@ -284,14 +264,14 @@ def _put_history(place, token, inputs, x):
 
             @pl.when((row + j >= 0) & (row + j < HALO + TILE))
             def _(j=j):
-                x.at[row + j][...] = read(inputs.history.at[place.batch, j, place.group, place.channels], _PER_CHANNEL)
+                x.at[row + j][...] = read(inputs.history.at[place.batch, j, place.group, place.channels], EACH_COLUMN)
 
         plgpu.commit_smem()
 
 
 def _read_reach(place, token, rows, reach):
     """`reach` of `rows` tokens, or None."""
-    return None if reach is None else _across(read(reach.at[place.batch, pl.ds(token, rows)], _PER_ROW))
+    return None if reach is None else across(read(reach.at[place.batch, pl.ds(token, rows)], EACH_ROW))
 
 
 def _where(reach, at_least, value):
@@ -302,13 +282,8 @@ def _where(reach, at_least, value):
 def _values(x, row, rows, reach, taps):
     """For the tokens of `rows` rows from `row` on: the input at each tap, latest first, and their sum with the bias."""
     count = len(taps) - 1
-    inputs = [
-        _where(reach, age, read(x.at[pl.ds(HALO + row - age, rows)], ROW_LAYOUT).astype(jnp.float32))
-        for age in range(count)
-    ]
-    return inputs, sum(
-        (_down(taps[count - 1 - age], rows) * v for age, v in enumerate(inputs)), _down(taps[count], rows)
-    )
+    inputs = [_where(reach, age, read(x.at[pl.ds(HALO + row - age, rows)]).astype(jnp.float32)) for age in range(count)]
+    return inputs, sum((down(taps[count - 1 - age], rows) * v for age, v in enumerate(inputs)), down(taps[count], rows))
 
 
 def _sigmoid(a):
@@ -440,7 +415,7 @@ def _of_sums(plan, place, token, inputs, taps, found, x, dy, d):
         reach = _read_reach(place, token + row, rows, inputs.reach)
         values, pre = _values(x, row, rows, reach, taps)
         gate = _sigmoid(pre)
-        value = read(dy.at[pl.ds(row, rows)], ROW_LAYOUT).astype(jnp.float32) * gate * (1.0 + pre * (1.0 - gate))
+        value = read(dy.at[pl.ds(row, rows)]).astype(jnp.float32) * gate * (1.0 + pre * (1.0 - gate))
         value = _where(reach, 0, value)
         d.at[pl.ds(row, rows)][...] = value
         if row < plan.step:
@@ -457,7 +432,7 @@ def _of_inputs(plan, place, token, inputs, taps, d, dx):
         reach = [_read_reach(place, token + row + age, rows, inputs.reach) for age in range(count)]
         total = 0.0
         for age in range(count):
-            later = _where(reach[age], age, read(d.at[pl.ds(row + age, rows)], ROW_LAYOUT))
-            total += _down(taps[count - 1 - age], rows) * later
+            later = _where(reach[age], age, read(d.at[pl.ds(row + age, rows)]))
+            total += down(taps[count - 1 - age], rows) * later
         total = _where(reach[0], 0, total)  # at a pad it is that of an earlier input
         dx.at[pl.ds(row, rows)][...] = total.astype(jnp.bfloat16)

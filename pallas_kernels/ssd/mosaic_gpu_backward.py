@@ -38,6 +38,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.mosaic import launch
 from pallas_kernels.ssd import mosaic_parts as parts
 from pallas_kernels.ssd import mosaic_steps, tuning
 from pallas_kernels.ssd.mosaic_parts import PER_COLUMN, PER_ROW, WGMMA
@@ -197,7 +198,7 @@ def _chunk_gradients(plan, inputs, skip):
     sums = jax.ShapeDtypeStruct((batch, heads, blocks, len(_Sums._fields), padded), jnp.float32)
     out_type = (jax.ShapeDtypeStruct(x.shape, x.dtype), keys, keys, sums)
     grid = dict(batch=batch, group=groups, chunk=plan.chunks)
-    run = parts.launch(body, "ssd_chunk_gradients", grid, 2, out_type, scratch, plan.interpret)
+    run = launch(body, "ssd_chunk_gradients", grid, 2, out_type, scratch, plan.interpret)
     return run(*inputs, skip)
 
 

@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import documents as docs
+from pallas_kernels.mosaic import launch
 from pallas_kernels.ssd.tuning import CHUNK, ROWS
 from pallas_kernels.tiles import pad_to
 
@@ -138,21 +139,6 @@ class Place:
     def rows(self, block):
         """The rows of the thread block's row block `block`."""
         return pl.ds((self.block + block) * ROWS, ROWS)
-
-
-def launch(body, name, grid, threads, out_type, scratch, interpret, approximate=True):
-    body.__name__ = name
-    return plgpu.kernel(
-        body,
-        out_type=out_type,
-        grid=tuple(grid.values()),
-        grid_names=tuple(grid),
-        num_threads=threads,
-        thread_name="thread",
-        scratch_types=list(scratch),
-        compiler_params=plgpu.CompilerParams(approx_math=approximate, lowering_semantics=plgpu.LoweringSemantics.Lane),
-        interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
-    )
 
 
 def launch_walk(plan, body, name, x, pieces, out_type, scratch):

@@ -23,13 +23,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.mosaic import COLUMNS, EACH_COLUMN, EACH_ROW, ROW_LAYOUT, across, down, launch, read
 from pallas_kernels.ssd import mosaic_parts as parts
 from pallas_kernels.ssd import xla
 from pallas_kernels.ssd.mosaic_parts import COARSE, FINE, STEP
 from pallas_kernels.ssd.tuning import CHUNK
-from pallas_kernels.tiles import ROW_LAYOUT, pad_to, read
+from pallas_kernels.tiles import pad_to
 
-_HEADS = 64  # of a thread block
+_HEADS = COLUMNS  # of a thread block
 _DOUBLINGS = [1 << i for i in range(CHUNK.bit_length() - 1)]
 _ZEROS = _DOUBLINGS[-1]  # rows above the first token
 _PITCH = _HEADS + 4  # of a row, in words: 8 tokens of 4 heads then lie in different banks
@@ -73,17 +74,17 @@ def steps(dt, A, dt_bias, dt_limit, documents, initial_document, interpret) -> p
         tokens = pl.ds(chunk * CHUNK, CHUNK)
         s = _Scratch(*scratch)
         plgpu.copy_gmem_to_smem(dt.at[batch, tokens, heads], s.dt, s.loaded)
-        kind = _across(read(kinds.at[batch, tokens], ROW_LAYOUT.reduce(1)))
-        rate, bias = (_down(read(a.at[heads], ROW_LAYOUT.reduce(0))) for a in (A, dt_bias))
+        kind = across(read(kinds.at[batch, tokens], EACH_ROW))
+        rate, bias = (down(read(a.at[heads], EACH_COLUMN), CHUNK) for a in (A, dt_bias))
         plgpu.barrier_wait(s.loaded)
-        raw = read(s.dt, ROW_LAYOUT).astype(jnp.float32)
+        raw = read(s.dt).astype(jnp.float32)
         step = jnp.where(kind == _NOTHING, 0.0, jnp.clip(_softplus(raw + bias), *dt_limit))
         log_decay = jnp.maximum(step * rate, xla.SMALLEST_LOG_DECAY) * parts.LOG2E
         log_decay = jnp.where(kind == _FIRST, parts.RESET, log_decay)
         coarse = jnp.round(log_decay * 64.0) * (1 / 64)
         _sum_up(s.coarse, coarse)
         _sum_up(s.fine, log_decay - coarse)
-        last = [read(ref.at[_ZEROS + CHUNK - 1, pl.ds(0, _HEADS)], ROW_LAYOUT.reduce(0)) for ref in (s.coarse, s.fine)]
+        last = [read(ref.at[_ZEROS + CHUNK - 1, pl.ds(0, _HEADS)], EACH_COLUMN) for ref in (s.coarse, s.fine)]
         ends.at[batch, chunk, heads][...] = sum(last)
         for index, ref in ((COARSE, s.coarse), (FINE, s.fine)):
             vectors.at[batch, heads, index, tokens][...] = _transposed(ref)
@@ -92,7 +93,7 @@ def steps(dt, A, dt_bias, dt_limit, documents, initial_document, interpret) -> p
         plgpu.commit_smem()
         vectors.at[batch, heads, STEP, tokens][...] = _transposed(s.fine)
 
-    run = parts.launch(body, "ssd_steps", grid, 1, out_type, scratch, interpret, approximate=False)
+    run = launch(body, "ssd_steps", grid, 1, out_type, scratch, interpret, approximate=False)
     vectors, ends = run(dt, flat(A), flat(dt_bias), kinds)
     return parts.Steps(vectors, ends[..., :heads])
 
@@ -113,14 +114,6 @@ def _kinds(batch, length, documents, initial_document):
         return jnp.full((batch, length), _TOKEN, jnp.int32)
     is_first = parts.begins(documents, initial_document)
     return jnp.where(documents > 0, jnp.where(is_first, _FIRST, _TOKEN), _NOTHING)
-
-
-def _down(vector):
-    return plgpu.layout_cast(lax.broadcast_in_dim(vector, (CHUNK, _HEADS), [1]), ROW_LAYOUT)
-
-
-def _across(vector):
-    return plgpu.layout_cast(lax.broadcast_in_dim(vector, (CHUNK, _HEADS), [0]), ROW_LAYOUT)
 
 
 def _softplus(a):
@@ -145,7 +138,7 @@ def _sum_up(ref, value):
     for step in _DOUBLINGS:
         own[...] = value
         plgpu.commit_smem()
-        value += read(_rows(ref, _ZEROS - step), ROW_LAYOUT)
+        value += read(_rows(ref, _ZEROS - step))
         plgpu.commit_smem()  # all have read what is written next
     own[...] = value
     plgpu.commit_smem()

@@ -1,0 +1,65 @@
+"""What the Hopper kernels share (Pallas, Mosaic GPU): work row by row in registers, and their launch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from jax import lax
+from jax.experimental.mosaic.gpu import fragmented_array
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+COLUMNS = 64  # of a row: 128 bytes of bfloat16, a full line of memory
+# Such a row is 16 threads with 4 neighbouring columns each, so a warpgroup has 8 rows.
+ROW_LAYOUT = plgpu.Layout.TILED(
+    fragmented_array.Tiling(((8, COLUMNS), (2, COLUMNS), (4,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1
+)
+EACH_ROW, EACH_COLUMN = ROW_LAYOUT.reduce(1), ROW_LAYOUT.reduce(0)
+
+
+def read(ref: Any, layout: Any = ROW_LAYOUT) -> Any:
+    """What `ref` holds, in registers."""
+    return plgpu.load(ref, layout=layout, optimized=False)
+
+
+def down(vector: Any, rows: int) -> Any:
+    """One value a column, for `rows` rows: [64] -> [rows, 64]."""
+    return plgpu.layout_cast(lax.broadcast_in_dim(vector, (rows, COLUMNS), [1]), ROW_LAYOUT)
+
+
+def across(vector: Any) -> Any:
+    """One value a row, for all columns: [rows] -> [rows, 64]."""
+    return plgpu.layout_cast(lax.broadcast_in_dim(vector, (*vector.shape, COLUMNS), [0]), ROW_LAYOUT)
+
+
+def launch(
+    body: Callable,
+    name: str,
+    grid: Mapping[str, int],
+    threads: int,
+    out_type: Any,
+    scratch: Sequence[Any],
+    interpret: bool,
+    *,
+    approximate: bool = True,
+) -> Callable:
+    """A kernel, as a function of its inputs.
+
+    Args:
+      body: takes references to inputs, outputs and scratch. name: in reports and profiles.
+      grid: thread blocks along each axis, by its name. threads: warpgroups, along the axis `thread`.
+      interpret: on the CPU, with race detection.
+      approximate: exponentials and roots by the special function unit, to 2^-22 or so.
+    """
+    body.__name__ = name
+    return plgpu.kernel(
+        body,
+        out_type=out_type,
+        grid=tuple(grid.values()),
+        grid_names=tuple(grid),
+        num_threads=threads,
+        thread_name="thread",
+        scratch_types=list(scratch),
+        compiler_params=plgpu.CompilerParams(approx_math=approximate, lowering_semantics=plgpu.LoweringSemantics.Lane),
+        interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
+    )
