@@ -175,7 +175,8 @@ PIECES = {"ultra-550b-a55b": 2048}
 
 def kernels_of_layers(config, program):
     """Every layer calls its kernels, once; one token through a Mamba-2 layer is plain JAX."""
-    by_kind = {"M": ["ssd_piece_states", "ssd_scan"] if program == PREFILL else [], "*": ["attention_forward"]}
+    mamba = ["causal_conv1d", "ssd_steps", "ssd_piece_states", "ssd_scan"]
+    by_kind = {"M": mamba if program == PREFILL else [], "*": ["attention_forward"]}
     by_kind["E"] = ["expert_mlp_to_rows", "expert_mlp_to_tiles"] * (1 if program == PREFILL else 2)  # shared, too
     return Counter(name for kind in config.pattern for name in by_kind.get(kind, ()))
 
