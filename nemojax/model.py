@@ -28,7 +28,8 @@ class Output(NamedTuple):
       mtp_logits: with `mtp=True`, position t uses token t+1 and predicts token t+2; unspecified where the document has
         no token t+1.
       captured: what `capture` asked for, one entry a layer that has it: `resid_pre`, `resid_post`, `mixer_out`
-        [B, T, D]; `router` (`Routing`, expert layers); `ssm_state` [B, G, H, P, N] after the call (Mamba-2 layers).
+        [B, T, D]; `router` (`Routing`, expert layers); `ssm_state` [B, G, H, P, N] after the call, as a cache
+        keeps it (Mamba-2 layers).
     """
 
     logits: Float[Array, "B T V"]

@@ -11,18 +11,25 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 _SMALLEST, _LARGEST = 2.0**-126, 2.0**127  # powers of two that are normal float32 numbers
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def round_stochastically(x: Float[Array, "..."], dtype: jax.typing.DTypeLike) -> Float[Array, "..."]:
-    """`x` [...] float32 as one of its two neighbours in `dtype`, the nearer one more often: right on average.
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def round_stochastically(
+    x: Float[Array, "B ..."], place: Int[Array, "B"], dtype: jax.typing.DTypeLike
+) -> Float[Array, "B ..."]:
+    """`x` float32 as one of its two neighbours in `dtype`, the nearer one more often: right on average.
 
-    What decides is a hash of the value's own bits. So the result depends on nothing else, neither on the place of the
-    value nor on a key, and a program gives the same numbers each time. Values beyond the largest become the largest.
-    Gradients pass unchanged.
+    What decides is a hash of the value's own bits and of its row's place in the sequence, so that a value that comes
+    again is not always rounded the same way, and a program gives the same numbers each time, on any mesh. What `dtype`
+    holds stays. Values beyond the largest become the largest. Gradients pass unchanged.
+
+    Args:
+      x: values.
+      place: a number of each row that is another at every step.
+      dtype: a 16-bit float.
     """
     info = jnp.finfo(dtype)
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
@@ -30,8 +37,11 @@ def round_stochastically(x: Float[Array, "..."], dtype: jax.typing.DTypeLike) ->
     unit = jnp.maximum(
         jnp.minimum(power, _LARGEST) * float(info.eps), max(float(info.tiny) * float(info.eps), _SMALLEST)
     )
-    rounded = jnp.floor(x / unit + _uniform(bits)) * unit
-    return jnp.clip(rounded, float(info.min), float(info.max)).astype(dtype)
+    units = x / unit
+    whole = jnp.floor(units)
+    place = place.reshape(place.shape + (1,) * (x.ndim - 1)).astype(jnp.uint32)
+    up = units - whole > _uniform(bits ^ (place * jnp.uint32(0x9E3779B9)))
+    return jnp.clip((whole + up) * unit, float(info.min), float(info.max)).astype(dtype)
 
 
 @round_stochastically.defjvp

@@ -127,7 +127,7 @@ def ssd_step_case(config: Config, batch: int, state_dtype: str = "float32") -> C
     def run(implementation, *arrays):
         *inputs, before = arrays
         y, after = ssd(*inputs, initial_state=before.astype(jnp.float32), implementation=implementation)
-        return y, after if state_dtype == "float32" else round_stochastically(after, state_dtype)
+        return y, after if state_dtype == "float32" else round_stochastically(after, jnp.arange(batch), state_dtype)
 
     nbytes = 2 * jnp.dtype(state_dtype).itemsize * batch * config.mamba_inner * state
     work = Work(nbytes + one.work.nbytes, one.work.flops)

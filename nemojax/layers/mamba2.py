@@ -86,7 +86,8 @@ def mamba2(
         else:
             y, ssm_state = scan(before)
         if state is not None and state.ssm.dtype != jnp.float32:
-            ssm_state = round_stochastically(ssm_state, state.ssm.dtype)
+            place = jnp.zeros(x.shape[:1], jnp.int32) if segments.start is None else segments.start
+            ssm_state = round_stochastically(ssm_state, place, state.ssm.dtype)
     with jax.named_scope("gated_norm"):
         y = gated_rms_norm(y, z, params["norm"], config.layer_norm_epsilon)
     with jax.named_scope("out_proj"):

@@ -53,8 +53,8 @@ def supports(x: Any, weight: Any, sizes: tuple[int, ...]) -> str | None:
         return f"x must be bfloat16, got {x.dtype}"
     if any(size % LANES or size == 0 for size in sizes):
         return f"every part must be a multiple of {LANES} channels, got {sizes}"
-    if weight.shape[-1] > _MOST_TAPS:
-        return f"at most {_MOST_TAPS} taps, got {weight.shape[-1]}"
+    if not 2 <= weight.shape[-1] <= _MOST_TAPS:
+        return f"2 to {_MOST_TAPS} taps, got {weight.shape[-1]}"
     if x.size == 0:
         return "there are no tokens"
     if x.shape[1] == 1:

@@ -33,7 +33,7 @@ def outputs(x, weight, bias, initial, documents, initial_document, first, sizes)
         if documents is not None:
             value = jnp.where((shift(documents, age) == documents)[..., None, None], value, 0)
         y += value
-    if initial is not None:
+    if initial is not None and taps > 1:
         lead, _ = extent(x, documents)
         y += _from_initial(initial, weight, x, lead, documents, initial_document)
     y = jax.nn.silu(y)

@@ -117,7 +117,7 @@ def _kinds(batch, length, documents, initial_document):
 
 
 def _softplus(a):
-    """log(1 + exp(a)) = max(a, 0) + log1p(e) with e = exp(-|a|), to the last bit or two however small it is.
+    """log(1 + exp(a)) = max(a, 0) + log1p(e) with e = exp(-|a|), to a few units of the last place however small.
 
     log1p(e) = 2 atanh(q) with q = e / (2 + e), at most 1/3: eight terms of q^n / n.
     """

@@ -28,9 +28,12 @@ def test_length_around_the_number_of_taps(length, initial):
     check(arguments(2, length, initial=initial))
 
 
-@pytest.mark.parametrize("taps", [2, 3, 4, 6])
-def test_number_of_taps(taps):
-    check(arguments(2, 5, taps))
+@pytest.mark.parametrize("taps", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize("length", [1, 5])
+def test_number_of_taps(taps, length):
+    check(arguments(2, length, taps, initial=taps > 1))
+    y, after = call(causal_conv1d, **arguments(2, length, taps), documents=np.ones((2, length), np.int32))
+    assert y.shape[1] == length and after.shape[1] == taps - 1
 
 
 def test_without_bias():

@@ -169,7 +169,7 @@ def test_large_values():
         (dict(x=jnp.zeros((1, 8, 1, 64), jnp.float32)), "x must be bfloat16, got float32"),
         (dict(parts=(32, 32)), "every part must be a multiple of 64 channels"),
         (dict(x=jnp.zeros((1, 1, 1, 64), jnp.bfloat16)), "one token is one pass"),
-        (dict(weight=jnp.zeros((1, 64, 6)), initial=None), "at most 5 taps, got 6"),
+        (dict(weight=jnp.zeros((1, 64, 6)), initial=None), "2 to 5 taps, got 6"),
         (dict(x=jnp.zeros((1, 0, 1, 64), jnp.bfloat16)), "there are no tokens"),
     ],
     ids=["float32", "narrow-parts", "one-token", "many-taps", "no-token"],
