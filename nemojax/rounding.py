@@ -32,12 +32,13 @@ def round_stochastically(
       dtype: a 16-bit float.
     """
     info = jnp.finfo(dtype)
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    power = jax.lax.bitcast_convert_type(bits & jnp.uint32(0x7F800000), jnp.float32)  # at most |x|
+    bits = _as(jnp.uint32, x)
+    power = _as(jnp.float32, bits & jnp.uint32(0x7F800000))  # at most |x|
     unit = jnp.maximum(
         jnp.minimum(power, _LARGEST) * float(info.eps), max(float(info.tiny) * float(info.eps), _SMALLEST)
     )
-    units = x / unit
+    # The inverse by its exponent: a GPU's division of float32 is not exact.
+    units = x * _as(jnp.float32, jnp.uint32(254 << 23) - _as(jnp.uint32, unit))
     whole = jnp.floor(units)
     place = place.reshape(place.shape + (1,) * (x.ndim - 1)).astype(jnp.uint32)
     up = units - whole > _uniform(bits ^ (place * jnp.uint32(0x9E3779B9)))
@@ -47,6 +48,10 @@ def round_stochastically(
 @round_stochastically.defjvp
 def _straight_through(dtype, primals, tangents):
     return round_stochastically(*primals, dtype), tangents[0].astype(dtype)
+
+
+def _as(dtype, a):
+    return jax.lax.bitcast_convert_type(a, dtype)
 
 
 def _uniform(bits):
