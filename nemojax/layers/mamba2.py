@@ -123,7 +123,6 @@ def _group_by_group(scan, xBC, dt, vectors, state):
 
     With 8 groups and 2,048 tokens the scan is 1.6x faster so. A short call has nothing to gain.
     """
-
     ends = list(itertools.accumulate(a.shape[-1] for a in xBC))
     xBC = jnp.concatenate(xBC, axis=-1)  # of slices: XLA takes the array that they are slices of
 

@@ -130,6 +130,10 @@ class _Plan(NamedTuple):
     piece: int
     interpret: bool
 
+    @property
+    def pieces(self) -> int:
+        return -(-self.tiles // self.piece)
+
 
 class _Inputs(NamedTuple):
     """What both kernels get.
@@ -203,7 +207,7 @@ def _launch(plan, name, body, inputs, others, out_type, scratch):
         body(inputs_, rest[: len(others)], rest[len(others) : split], type(scratch)(*rest[split:]))
 
     batch, groups = inputs.x.shape[0], inputs.x.shape[2]
-    grid = dict(batch=batch, piece=-(-plan.tiles // plan.piece), group=groups, lanes=sum(plan.sizes) // LANES)
+    grid = dict(batch=batch, piece=plan.pieces, group=groups, lanes=sum(plan.sizes) // LANES)
     run = launch(kernel, name, grid, 1, out_type, scratch, plan.interpret)
     return run(*given, *others)
 
@@ -401,9 +405,7 @@ def _gradients(plan, inputs, dy):
 
     out_type = (
         jax.ShapeDtypeStruct((batch, stored, groups, channels), jnp.bfloat16),
-        jax.ShapeDtypeStruct(
-            (batch, -(-plan.tiles // plan.piece), taps, groups, _GRADIENT_STRIP, channels), jnp.float32
-        ),
+        jax.ShapeDtypeStruct((batch, plan.pieces, taps, groups, _GRADIENT_STRIP, channels), jnp.float32),
     )
     dx, sums = _launch(plan, "causal_conv1d_gradient", body, inputs, dy, out_type, scratch)
     return dx[:, :length], sums.sum(axis=(0, 1, 4))

@@ -50,10 +50,8 @@ def backward(first, sizes, inputs, cotangents):
 
 
 def inputs_after(x, weight, initial, documents, initial_document, first):
-    """The last W-1 inputs [B, W-1, G, C] of the document that is open at the end, zeros where it had fewer."""
-    x = _channels(x, weight, first)
-    lead, end = extent(x, documents)
-    return _final(x, weight.shape[-1] - 1, initial, lead, end, documents, initial_document)
+    """What the next call begins with."""
+    return last_inputs(_channels(x, weight, first), weight.shape[-1] - 1, documents, initial_document, initial)
 
 
 def _channels(x, weight, first):
@@ -65,12 +63,6 @@ def shift(array, age):
     if age == 0:
         return array
     return jnp.pad(array[:, :-age], [(0, 0), (age, 0)] + [(0, 0)] * (array.ndim - 2))
-
-
-def last_inputs(x, history, documents=None, initial_document=None):
-    """The last `history` inputs [B, history, G, C] of the document that is open at the end, zeros where it has none."""
-    lead, end = extent(x, documents)
-    return _final(x, history, None, lead, end, documents, initial_document)
 
 
 def extent(x, documents):
@@ -98,13 +90,17 @@ def _from_initial(initial, weight, x, lead, documents, initial_document):
     return jnp.where(continues, place(room, added, lead)[:, :length], 0)
 
 
-def _final(x, history, initial, lead, end, documents, initial_document):
-    """The last W-1 inputs of the document that is open at the end, zeros where it had fewer."""
+def last_inputs(x, history, documents=None, initial_document=None, initial=None):
+    """The last `history` inputs [B, history, G, C] of the document that is open at the end, zeros where it had fewer.
+
+    initial: as many inputs before x.
+    """
     if initial is None:
         initial = jnp.zeros((x.shape[0], history, *x.shape[2:]), x.dtype)
     if documents is None:
         return jnp.concatenate([initial.astype(x.dtype), x[:, max(0, x.shape[1] - history) :]], axis=1)[:, -history:]
     take = lambda array, at: jnp.take_along_axis(array, jnp.clip(at, 0, array.shape[1] - 1)[..., None, None], axis=1)
+    lead, end = extent(x, documents)
     at = end[:, None] - history + jnp.arange(history)
     open_document = docs.last(documents, initial_document)[:, None]
     owner = jnp.take_along_axis(documents, jnp.clip(at, 0), axis=1)

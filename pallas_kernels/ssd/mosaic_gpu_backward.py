@@ -38,7 +38,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mosaic import launch
+from pallas_kernels.mosaic import launch, read
 from pallas_kernels.ssd import mosaic_parts as parts
 from pallas_kernels.ssd import mosaic_steps, tuning
 from pallas_kernels.ssd.mosaic_parts import PER_COLUMN, PER_ROW, WGMMA
@@ -276,7 +276,7 @@ def _from_outputs(place, inputs, outputs, s):
         slot, (head, block) = lax.rem(unit, place.slots), place.head(unit)
         plgpu.barrier_wait(s.loaded.at[slot])
         dC, arrived = _add_to_dC(dC, scores, slot, slabs, s)
-        of_state = lambda ref: plgpu.load(ref, layout=WGMMA, optimized=False).astype(jnp.float32)
+        of_state = lambda ref: read(ref, WGMMA).astype(jnp.float32)
         kept = sum(
             (of_state(s.state.at[slot, i]) * of_state(s.d_state.at[slot, i])).sum(axis=1) for i in range(len(slabs))
         )
@@ -308,7 +308,7 @@ def _add_to_dC(dC, scores, slot, slabs, s):
     into, new = jnp.exp2(rows[parts.COARSE] + rows[parts.FINE]), []
     for i, slab in enumerate(slabs):
         carried = parts.product((CHUNK, ROWS), (s.dy.at[slot], s.state.at[slot, i])) * parts.across(into)
-        C = plgpu.load(s.C.at[:, slab], layout=WGMMA, optimized=False).astype(jnp.float32)
+        C = read(s.C.at[:, slab], WGMMA).astype(jnp.float32)
         arrived += (carried * C).sum(axis=1)
         pair, spare = (E, s.B.at[:, slab]), parts.spare_of(0, s)
         new.append(parts.product((CHUNK, ROWS), pair, initial=dC[i] + carried, spare=spare))
@@ -375,7 +375,7 @@ def _per_row(slot, s):
 
 def _add_carried(dB, weights, slot, s):
     """Adds (w x) G, with w x in bfloat16."""
-    x = plgpu.load(s.x.at[slot], layout=WGMMA, optimized=False).astype(jnp.float32)
+    x = read(s.x.at[slot], WGMMA).astype(jnp.float32)
     x, spare = (x * parts.across(weights)).astype(jnp.bfloat16), parts.spare_of(1, s)
     return tuple(
         parts.product((CHUNK, ROWS), (x, s.d_state.at[slot, i]), initial=v, spare=spare) for i, v in enumerate(dB)
@@ -395,9 +395,9 @@ def _dx(links, weights, outof, own, slot, slabs, s):
     """dx, bfloat16, and the sums `left` and `skip`. own: the weight of each token in its own output."""
     pairs = ((s.B.at[:, slab], s.d_state.at[slot, i].transpose((1, 0))) for i, slab in enumerate(slabs))
     carried = parts.product((CHUNK, ROWS), *pairs)
-    x = plgpu.load(s.x.at[slot], layout=WGMMA, optimized=False).astype(jnp.float32)
+    x = read(s.x.at[slot], WGMMA).astype(jnp.float32)
     left = outof * (x * carried).sum(axis=1)
-    dy = plgpu.load(s.dy.at[slot], layout=WGMMA, optimized=False).astype(jnp.float32)
+    dy = read(s.dy.at[slot], WGMMA).astype(jnp.float32)
     skips = (x * dy).sum(axis=1)
     rest = carried * parts.across(weights) + dy * parts.across(own)
     within = parts.product((CHUNK, ROWS), (links, s.dy.at[slot]), spare=parts.spare_of(1, s))

@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import documents as docs
-from pallas_kernels.mosaic import launch
+from pallas_kernels.mosaic import launch, read
 from pallas_kernels.ssd.tuning import CHUNK, ROWS
 from pallas_kernels.tiles import pad_to
 
@@ -203,7 +203,7 @@ def spare_of(lane, s):
 
 
 def load_transposed(tile):
-    return plgpu.load(tile.transpose((1, 0)), layout=WGMMA, optimized=False)
+    return read(tile.transpose((1, 0)), WGMMA)
 
 
 def load_vectors(ref, layout):
@@ -217,7 +217,7 @@ def slabs_of(state_size):
 
 
 def load_state(ref, slabs):
-    return tuple(plgpu.load(ref.at[:, slab], layout=WGMMA, optimized=False) for slab in slabs)
+    return tuple(read(ref.at[:, slab], WGMMA) for slab in slabs)
 
 
 def zeros():

@@ -79,8 +79,7 @@ def steps(dt, A, dt_bias, dt_limit, documents, initial_document, interpret) -> p
         plgpu.barrier_wait(s.loaded)
         raw = read(s.dt).astype(jnp.float32)
         step = jnp.where(kind == _NOTHING, 0.0, jnp.clip(_softplus(raw + bias), *dt_limit))
-        log_decay = jnp.maximum(step * rate, xla.SMALLEST_LOG_DECAY) * parts.LOG2E
-        log_decay = jnp.where(kind == _FIRST, parts.RESET, log_decay)
+        log_decay = _log_decays(step, rate, kind == _FIRST)
         coarse = jnp.round(log_decay * 64.0) * (1 / 64)
         _sum_up(s.coarse, coarse)
         _sum_up(s.fine, log_decay - coarse)
@@ -101,11 +100,13 @@ def steps(dt, A, dt_bias, dt_limit, documents, initial_document, interpret) -> p
 def differentiable(dt, A, dt_bias, dt_limit, documents, initial_document):
     """What `steps` computes before its sums, in plain JAX for the gradient: log decays and steps, [B, T, K]."""
     step = xla.step_sizes(dt, dt_bias, dt_limit, documents)
-    log_decay = jnp.maximum(step * A, xla.SMALLEST_LOG_DECAY) * parts.LOG2E
-    if documents is not None:
-        is_first = parts.begins(documents, initial_document)
-        log_decay = jnp.where(is_first[..., None, None], parts.RESET, log_decay)
+    is_first = False if documents is None else parts.begins(documents, initial_document)[..., None, None]
+    log_decay = _log_decays(step, A, is_first)
     return tuple(rearrange(a, "b t g h -> b t (g h)") for a in (log_decay, step))
+
+
+def _log_decays(step, rate, is_first):
+    return jnp.where(is_first, parts.RESET, jnp.maximum(step * rate, xla.SMALLEST_LOG_DECAY) * parts.LOG2E)
 
 
 def _kinds(batch, length, documents, initial_document):
