@@ -30,7 +30,7 @@ import nemojax
 from convert.progress import peak_memory
 from convert.stream import convert
 from experiments.rooflines import active_params, decode_bytes, prefill_flops
-from pallas_kernels import matvec
+from pallas_kernels.matvec import cpu
 
 ROOT = Path(__file__).parents[1]
 THREADS = 2
@@ -122,7 +122,7 @@ def _run(checkpoint: Path, peer: Peer | None, rounds: int) -> int:
     square, vector = jnp.ones((2048, 2048)), jnp.ones(4096)
     tall = jnp.ones((16384, 4096))  # 268 MB, far beyond any cache
     product = jax.jit(lambda a, b: a @ b)
-    stream = jax.jit(lambda a, b: matvec.rows_dot(a[None], jnp.zeros(1, jnp.int32), b))
+    stream = jax.jit(lambda a, b: cpu.rows_dot(a[None], jnp.zeros(1, jnp.int32), b))
     ours = {
         "prefill": lambda: forward(params, tokens[None]),
         "decode": lambda: generate(NEW + 1),

@@ -191,22 +191,30 @@ def _on_shards(run: Callable, cut: Cut, segments: Segments, inputs: tuple, outpu
 
 
 def head(
-    params: dict[str, Any], hidden: Float[Array, "B T D"], config: Config, *, mesh: Mesh | None = None
+    params: dict[str, Any],
+    hidden: Float[Array, "B T D"],
+    config: Config,
+    *,
+    mesh: Mesh | None = None,
+    implementation: str | None = None,
 ) -> Float[Array, "B T V"]:
     """Logits, accumulated and returned in float32."""
+    logits = functools.partial(head_logits, implementation=implementation)
     table = params["embed" if config.tie_word_embeddings else "lm_head"]
     if mesh is None:
-        return head_logits(hidden, table)
+        return logits(hidden, table)
     cut = Cut.of(mesh, config, *hidden.shape[:2], pad=False)
-    return cut.run(head_logits, (HIDDEN, PartitionSpec("vocab", "embed")), PartitionSpec("batch", "tokens", "vocab"))(
+    return cut.run(logits, (HIDDEN, PartitionSpec("vocab", "embed")), PartitionSpec("batch", "tokens", "vocab"))(
         hidden, table
     )
 
 
-def head_logits(hidden: Float[Array, "B T D"], table: Float[Array, "V D"]) -> Float[Array, "B T V"]:
+def head_logits(
+    hidden: Float[Array, "B T D"], table: Float[Array, "V D"], *, implementation: str | None = None
+) -> Float[Array, "B T V"]:
     """The same for a given output table."""
     with jax.named_scope("lm_head"):
-        return dot_rows(hidden, table.astype(hidden.dtype), jnp.float32)
+        return dot_rows(hidden, table.astype(hidden.dtype), jnp.float32, implementation)
 
 
 class NextToken(NamedTuple):

@@ -141,7 +141,7 @@ def _generate(params, tokens, segment_ids, sampling, *, model, max_new_tokens, s
     def run(tokens, segment_ids, cache) -> forward.Backbone:
         return forward.backbone(params, tokens, segment_ids, cache, **model.options())
 
-    head = lambda hidden: forward.head(params, hidden, config, mesh=model.mesh)
+    head = lambda hidden: forward.head(params, hidden, config, mesh=model.mesh, implementation=model.implementation)
     with jax.named_scope("prefill"):
         slots = length + max_new_tokens - 1
         # Whole tiles: a kernel would copy all slots at every token to make them so.

@@ -90,8 +90,10 @@ class Nemotron(nn.Module):
         predicted = None
         if mtp:
             after = forward.predict_next(params, tokens, run.hidden, run.segments, **self.options())
-            predicted = forward.head(params, after.hidden, self.config, mesh=self.mesh)
-        logits = forward.head(params, run.hidden, self.config, mesh=self.mesh)
+            predicted = forward.head(
+                params, after.hidden, self.config, mesh=self.mesh, implementation=self.implementation
+            )
+        logits = forward.head(params, run.hidden, self.config, mesh=self.mesh, implementation=self.implementation)
         return Output(logits, run.cache, predicted, run.captured if capture else None)
 
     def options(self) -> dict[str, Any]:

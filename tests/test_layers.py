@@ -7,6 +7,7 @@ import pytest
 from tiny import assert_close, perturbed_params, run, tiny_config
 
 from nemojax import init_cache
+from nemojax.layers import moe as moe_layer
 from nemojax.layers.attention import Attention, attention
 from nemojax.layers.mamba2 import Mamba2, mamba2
 from nemojax.layers.mlp import MLP, mlp
@@ -58,8 +59,12 @@ def test_shell_declares_what_the_function_reads(shell, function, inputs):
     jax.tree.map(np.testing.assert_array_equal, actual, wanted)
 
 
+@pytest.mark.parametrize("together", [False, True], ids=["", "experts-together"])
 @pytest.mark.parametrize("batch", [1, 2], ids=["one-row", "two-rows"])
-def test_one_token_at_a_time_equals_all_at_once(batch):
+def test_one_token_at_a_time_equals_all_at_once(batch, together, monkeypatch):
+    """`together`: routed experts and the shared one in one call, which is the default on Hopper."""
+    monkeypatch.setattr(moe_layer, "takes_kernels", lambda *a, **k: together)
+    jax.clear_caches()
     tokens = np.random.default_rng(1).integers(0, EVEN.vocab_size, (batch, 6), np.int32)
     expected = run(EVEN, tokens).logits
     cache = init_cache(EVEN, batch, 6)

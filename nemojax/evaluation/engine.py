@@ -210,7 +210,7 @@ def _layers(model: Nemotron, params: Any, tokens: Array, segment_ids: Array, cac
 
 
 def _head(model: Nemotron, params: Any, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-    return forward.head(params, hidden, model.config, mesh=model.mesh)
+    return forward.head(params, hidden, model.config, mesh=model.mesh, implementation=model.implementation)
 
 
 def _prefill(params: Any, parent: Cache | None, arrays: dict[str, Array], *, model: Nemotron, capacity: int):

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from nemojax import sequence
 from nemojax.cache import AttentionState
 from nemojax.config import Config
-from nemojax.layers.project import project, project_back
+from nemojax.layers.project import project_back, projects
 from nemojax.layers.shell import declare
 from nemojax.segments import ALONE, Segments, write_slots
 from nemojax.sharding import WHOLE, Shard
@@ -44,7 +44,7 @@ def attention(
       The output (zero at pads) and the state with this call's keys and values written.
     """
     with jax.named_scope("qkv_proj"):
-        q, k, v = (project(x, params[name]) for name in ("q_proj", "k_proj", "v_proj"))
+        q, k, v = projects(x, [params[name] for name in ("q_proj", "k_proj", "v_proj")], implementation)
     before, state = state, AttentionState(k, v)
     if before is not None:
         with jax.named_scope("write_slots"):
@@ -53,7 +53,7 @@ def attention(
     with jax.named_scope("attention"):
         y = _attend(q, own, segments, shard, before is not None, implementation)
     with jax.named_scope("o_proj"):
-        y = project_back(y, params["o_proj"], shard.part_dtype(x.dtype))
+        y = project_back(y, params["o_proj"], shard.part_dtype(x.dtype), implementation)
         return shard.sum_parts(y, x.dtype), state
 
 

@@ -55,7 +55,7 @@ def mamba2(
     inner, state_size = config.mamba_heads_per_group * config.mamba_head_dim, config.ssm_state_size
     carried = {"documents": segments.documents, "initial_document": segments.initial_document}
     with jax.named_scope("in_proj"):
-        projected = project(x, params["in_proj"])
+        projected = project(x, params["in_proj"], implementation)
         z, _, dt = jnp.split(projected, [inner, 2 * inner + 2 * state_size], axis=-1)
     with jax.named_scope("conv"):
         convolve = functools.partial(sequence.convolve, shard.sequence) if shard.tokens_split else causal_conv1d
@@ -91,7 +91,7 @@ def mamba2(
     with jax.named_scope("gated_norm"):
         y = gated_rms_norm(y, z, params["norm"], config.layer_norm_epsilon)
     with jax.named_scope("out_proj"):
-        y = project_back(y, params["out_proj"], shard.part_dtype(x.dtype))
+        y = project_back(y, params["out_proj"], shard.part_dtype(x.dtype), implementation)
     return shard.sum_parts(y, x.dtype), MambaState(conv_state, ssm_state)
 
 

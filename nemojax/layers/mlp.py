@@ -19,15 +19,21 @@ from pallas_kernels.expert_mlp import takes_kernels, token_mlp
 
 
 def relu2_mlp(
-    x: Float[Array, "B T D"], up: Float[Array, "F D"], down: Float[Array, "F D"], dtype: Any = None
+    x: Float[Array, "B T D"],
+    up: Float[Array, "F D"],
+    down: Float[Array, "F D"],
+    dtype: Any = None,
+    implementation: str | None = None,
 ) -> Float[Array, "B T D"]:
     """`relu(x up^T)^2 down` in `dtype`, default that of `x` (squared ReLU, arXiv 2109.08668)."""
     one = (x[0], up[None], down[None])
-    if x.shape[:2] == (1, 1) and takes_kernels(*one):
+    if x.shape[:2] == (1, 1) and takes_kernels(*one, implementation=implementation):
         # An expert that the token takes: XLA sums the columns of `down` at a quarter of the memory's speed.
-        y = token_mlp(*one, jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), jnp.float32))
+        only = (jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), jnp.float32))
+        y = token_mlp(*one, *only, implementation=implementation)
         return y[None].astype(dtype or x.dtype)
-    return dot_columns(jnp.square(jax.nn.relu(dot_rows(x, up))), down, dtype)
+    hidden = jnp.square(jax.nn.relu(dot_rows(x, up, implementation=implementation)))
+    return dot_columns(hidden, down, dtype)
 
 
 def mlp(
@@ -41,8 +47,8 @@ def mlp(
     shard: Shard = WHOLE,
 ) -> tuple[Float[Array, "B T D"], None]:
     """The `-` layer; see `relu2_mlp`. It has no sequence state, and every token is computed alone."""
-    del state, config, segments, implementation
-    y = relu2_mlp(x, params["up_proj"], params["down_proj"], shard.part_dtype(x.dtype))
+    del state, config, segments
+    y = relu2_mlp(x, params["up_proj"], params["down_proj"], shard.part_dtype(x.dtype), implementation)
     return shard.sum_parts(y, x.dtype), None
 
 

@@ -12,11 +12,13 @@ from jaxtyping import Array, Float, Int
 
 from nemojax.config import Config
 from nemojax.dispatch import dispatch
+from nemojax.dispatch.local import FEW_PAIRS
 from nemojax.layers.mlp import relu2_mlp
 from nemojax.layers.shell import declare
 from nemojax.segments import ALONE, Segments
 from nemojax.sharding import WHOLE, Shard
 from nemojax.specs import moe_specs
+from pallas_kernels.expert_mlp import takes_kernels, token_mlp
 
 
 class Routing(NamedTuple):
@@ -85,6 +87,15 @@ def moe(
     del state, segments
     with jax.named_scope("router"):
         routing = route(params, x, config=config)
+    part = shard.part_dtype(x.dtype)
+    shared = params["shared_up_proj"], params["shared_down_proj"]
+    if _together(params, x, config, shard, implementation):
+        with jax.named_scope("experts"):
+            rows = (rearrange(a, "b t k -> (b t) k") for a in (x, routing.ids, routing.weights))
+            u, ids, weights = rows
+            experts = params["experts_up_proj"], params["experts_down_proj"]
+            y = token_mlp(u, *experts, ids, weights, shared, implementation=implementation).reshape(x.shape)
+        return shard.sum_parts(y.astype(part), x.dtype), routing
     with jax.named_scope("experts"):
         u = x
         if config.moe_latent_size is not None:
@@ -101,9 +112,17 @@ def moe(
         ).reshape(u.shape)
         y = _from_experts(params, y, x.dtype, config, shard)
     with jax.named_scope("shared_expert"):
-        part = shard.part_dtype(x.dtype)
-        y = y + relu2_mlp(x, params["shared_up_proj"], params["shared_down_proj"], part)
+        y = y + relu2_mlp(x, *shared, part, implementation)
         return shard.sum_parts(y, x.dtype), routing
+
+
+def _together(params, x, config, shard, implementation):
+    """Whether one kernel takes the routed experts and the shared one: they read the same few rows."""
+    if config.moe_latent_size is not None or shard.expert is not None:
+        return False
+    weights = params["experts_up_proj"], params["shared_up_proj"]
+    pairs = x.shape[0] * x.shape[1] * config.num_experts_per_tok
+    return pairs <= FEW_PAIRS and takes_kernels(x.reshape(-1, x.shape[-1]), *weights, implementation=implementation)
 
 
 def _from_experts(params, y, dtype, config, shard):

@@ -6,10 +6,9 @@ call.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float
@@ -17,36 +16,53 @@ from jaxtyping import Array, Float
 from pallas_kernels import matvec
 
 
-def dot_rows(x: Float[Array, "B T D"], weight: Float[Array, "O D"], dtype: Any = None) -> Float[Array, "B T O"]:
+def dot_rows(
+    x: Float[Array, "B T D"], weight: Float[Array, "O D"], dtype: Any = None, implementation: str | None = None
+) -> Float[Array, "B T O"]:
     """`y[b, t, o] = sum_d x[b, t, d] weight[o, d]` in `dtype`, default that of `x`."""
-    return _dot("btd,od->bto", x, weight, matvec.rows_dot, dtype)
+    return dots_rows(x, [weight], dtype, implementation)[0]
+
+
+def dots_rows(
+    x: Float[Array, "B T D"], weights: Sequence[Array], dtype: Any = None, implementation: str | None = None
+) -> list[Array]:
+    """`dot_rows` with each of several weights: for a few rows, one kernel where there is one.
+
+    Args:
+      implementation: of that kernel, `pallas_kernels.matvec`; many rows are XLA's.
+    """
+    dtype = dtype or x.dtype
+    batch, length = x.shape[:2]
+    if batch * length > matvec.FEW_ROWS:
+        return [jnp.einsum("btd,od->bto", x, w, preferred_element_type=dtype) for w in weights]
+    flat = matvec.dot_rows(rearrange(x, "b t d -> (b t) d"), weights, dtype, implementation=implementation)
+    return [rearrange(y, "(b t) o -> b t o", b=batch) for y in flat]
 
 
 def dot_columns(h: Float[Array, "B T F"], weight: Float[Array, "F D"], dtype: Any = None) -> Float[Array, "B T D"]:
     """`y[b, t, d] = sum_f h[b, t, f] weight[f, d]` in `dtype`, default that of `h`."""
-    return _dot("btf,fd->btd", h, weight, lambda stack, index, h: matvec.columns_dot(stack, index, h[None]), dtype)
+    dtype = dtype or h.dtype
+    if h.shape[:2] != (1, 1):
+        return jnp.einsum("btf,fd->btd", h, weight, preferred_element_type=dtype)
+    return matvec.dot_columns(h[0], weight, dtype)[None]
 
 
-def _dot(einsum: str, x: Array, weight: Array, stream: Callable, dtype: Any = None) -> Array:
-    """The einsum; a single token on CPU takes `stream`, which reads the weight as fast as memory gives it."""
-    dtype = dtype or x.dtype
-    if x.shape[:2] != (1, 1):
-        return jnp.einsum(einsum, x, weight, preferred_element_type=dtype)
-    # XLA makes a multiplication and a sum of this. In bfloat16 it writes all products to memory before it sums columns:
-    # three times the traffic, on a GPU.
-    product = lambda x, weight: jnp.einsum(einsum, x, weight, preferred_element_type=jnp.float32).astype(dtype)
-    if not matvec.fits(*weight.shape):
-        return product(x, weight)
-    single = lambda x, weight: stream(weight[None], jnp.zeros(1, jnp.int32), x[0, 0]).astype(dtype).reshape(1, 1, -1)
-    return jax.lax.platform_dependent(x, weight, cpu=matvec.with_gradient_of(product, single), default=product)
-
-
-def project(x: Float[Array, "B T D"], weight: Float[Array, "H P D"]) -> Float[Array, "B T H P"]:
+def project(x: Float[Array, "B T D"], weight: Float[Array, "H P D"], implementation: str | None = None) -> Array:
     """`y[b, t, h, p] = sum_d x[b, t, d] weight[h, p, d]`."""
-    flat = dot_rows(x, rearrange(weight, "h p d -> (h p) d"))
-    return rearrange(flat, "b t (h p) -> b t h p", h=weight.shape[0])
+    return projects(x, [weight], implementation)[0]
 
 
-def project_back(y: Float[Array, "B T H P"], weight: Float[Array, "D H P"], dtype: Any = None) -> Float[Array, "B T D"]:
+def projects(
+    x: Float[Array, "B T D"], weights: Sequence[Float[Array, "_ _ D"]], implementation: str | None = None
+) -> list[Float[Array, "B T _ _"]]:
+    """`project` with each of several weights."""
+    flat = dots_rows(x, [rearrange(w, "h p d -> (h p) d") for w in weights], None, implementation)
+    return [rearrange(y, "b t (h p) -> b t h p", h=w.shape[0]) for y, w in zip(flat, weights, strict=True)]
+
+
+def project_back(
+    y: Float[Array, "B T H P"], weight: Float[Array, "D H P"], dtype: Any = None, implementation: str | None = None
+) -> Float[Array, "B T D"]:
     """`x[b, t, d] = sum_{h, p} y[b, t, h, p] weight[d, h, p]` in `dtype`, default that of `y`."""
-    return dot_rows(rearrange(y, "b t h p -> b t (h p)"), rearrange(weight, "d h p -> d (h p)"), dtype)
+    flat = rearrange(y, "b t h p -> b t (h p)")
+    return dot_rows(flat, rearrange(weight, "d h p -> d (h p)"), dtype, implementation)

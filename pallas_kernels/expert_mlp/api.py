@@ -5,12 +5,11 @@ from __future__ import annotations
 import jax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import matvec
-from pallas_kernels.choice import choose, on_hopper
-from pallas_kernels.expert_mlp import mosaic_gpu, reference, xla
+from pallas_kernels.choice import choose, on_hopper, with_gradient_of
+from pallas_kernels.expert_mlp import mosaic_gpu, mosaic_tokens, reference, xla
 
 IMPLEMENTATIONS = {"xla": xla.expert_mlp, "mosaic_gpu": mosaic_gpu.expert_mlp, "reference": reference.expert_mlp}
-TOKEN_IMPLEMENTATIONS = {"xla": xla.token_mlp, "mosaic_gpu": mosaic_gpu.token_mlp, "reference": reference.token_mlp}
+TOKEN_IMPLEMENTATIONS = {"xla": xla.token_mlp, "mosaic_gpu": mosaic_tokens.token_mlp, "reference": reference.token_mlp}
 
 
 @jax.custom_vjp
@@ -25,20 +24,21 @@ _best.defvjp(
 )
 
 
-_best_for_tokens = matvec.with_gradient_of(
+_best_for_tokens = with_gradient_of(
     xla.gathered,
-    lambda *arguments: jax.lax.platform_dependent(*arguments, cuda=mosaic_gpu.token_mlp, default=xla.token_mlp),
+    lambda *arguments: jax.lax.platform_dependent(*arguments, cuda=mosaic_tokens.token_mlp, default=xla.token_mlp),
 )
 
 
-def takes_kernels(x: jax.Array, up: jax.Array, down: jax.Array) -> bool:
-    """Whether None means the Hopper kernels for such arrays (those of `token_mlp`)."""
-    return on_hopper("token_mlp", mosaic_gpu.supports(x, up, down))
+def takes_kernels(x: jax.Array, *weights: jax.Array, implementation: str | None) -> bool:
+    """Whether `implementation` means the Hopper kernels of `token_mlp` for such arrays."""
+    if implementation is not None:
+        return implementation == "mosaic_gpu"
+    return on_hopper("token_mlp", mosaic_tokens.supports(x, *weights))
 
 
-def _choose(operation, implementations, best, name, *arrays):
+def _choose(operation, implementations, best, name, reason):
     """The implementation called `name`; for None the best of each platform."""
-    reason = mosaic_gpu.supports(*arrays)
     if name is None and on_hopper(operation, reason):
         return best
     return choose(operation, implementations, name, {"mosaic_gpu": reason})
@@ -75,7 +75,7 @@ def expert_mlp(
             f"expert_mlp: x {x.shape}, up {up.shape}, down {down.shape}, weights {weights.shape} and "
             f"group_sizes {group_sizes.shape} do not fit together"
         )
-    run = _choose("expert_mlp", IMPLEMENTATIONS, _best, implementation, x, up, down)
+    run = _choose("expert_mlp", IMPLEMENTATIONS, _best, implementation, mosaic_gpu.supports(x, up, down))
     return run(x, up, down, weights, group_sizes)
 
 
@@ -85,6 +85,7 @@ def token_mlp(
     down: Float[Array, "E F L"],
     ids: Int[Array, "R K"],
     weights: Float[Array, "R K"],
+    shared: tuple[Float[Array, "S L"], Float[Array, "S L"]] | None = None,
     *,
     implementation: str | None = None,
 ) -> Float[Array, "R L"]:
@@ -93,7 +94,8 @@ def token_mlp(
     Args:
       x: one row a token. up, down: see `expert_mlp`.
       ids: experts of each row. weights: router weight of each, float32.
-      implementation: `"mosaic_gpu"` (Hopper), `"xla"`, `"reference"`, or None for the default
+      shared: `up` and `down` of an expert that every row takes, with weight 1.
+      implementation: `"mosaic_gpu"` (Hopper, up to 64 rows), `"xla"`, `"reference"`, or None for the default
         (`pallas_kernels.choice`).
 
     Returns:
@@ -102,15 +104,13 @@ def token_mlp(
     Raises:
       ValueError: shapes that do not belong together; a named implementation that cannot run on such arrays.
     """
-    if (
-        up.shape != down.shape
-        or up.shape[2] != x.shape[1]
-        or ids.shape != weights.shape
-        or ids.shape[:1] != x.shape[:1]
-    ):
+    fits = up.shape == down.shape and ids.shape == weights.shape and ids.shape[:1] == x.shape[:1]
+    always = up if shared is None else shared[0]
+    if not fits or not up.shape[2] == always.shape[-1] == x.shape[1] or (shared and always.shape != shared[1].shape):
         raise ValueError(
-            f"token_mlp: x {x.shape}, up {up.shape}, down {down.shape}, ids {ids.shape} and weights {weights.shape} do "
-            f"not fit together"
+            f"token_mlp: x {x.shape}, up {up.shape}, down {down.shape}, shared {shared and [a.shape for a in shared]}, "
+            f"ids {ids.shape} and weights {weights.shape} do not fit together"
         )
-    run = _choose("token_mlp", TOKEN_IMPLEMENTATIONS, _best_for_tokens, implementation, x, up, down)
-    return run(x, up, down, ids, weights)
+    reason = mosaic_tokens.supports(x, up, down, *(shared or ()))
+    run = _choose("token_mlp", TOKEN_IMPLEMENTATIONS, _best_for_tokens, implementation, reason)
+    return run(x, up, down, ids, weights, shared)

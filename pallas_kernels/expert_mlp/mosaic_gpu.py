@@ -12,12 +12,10 @@ and rows of the group after, are computed in vain and not stored. An empty group
 layout of the tiles, so only `to_rows` stores part of a tile. Rows beyond the last group are one more group, of tiles
 that store zeros without computing.
 
-**Kernel.** One thread block a multiprocessor. A producer warpgroup walks over the block's items (tile, column block)
-and over the summed dimension and fills a ring of stages by TMA; it runs ahead across items, so the ring never drains.
-One or two consumer warpgroups multiply, each its rows of the tile (wgmma reads both operands from shared memory, one
-product stays in flight), and send results out by TMA from small double buffers. A consumer whose 64 rows hold none of
-the group does not multiply, so a group costs matrix time in steps of 64 rows. Items are ordered expert, column block,
-tile: tiles that need the same weights run at the same time and find them in L2.
+**Kernel.** `pallas_kernels/persistent.py`, with one or two consumers, each with its rows of the tile. Results go out by
+TMA from small double buffers. A consumer whose 64 rows hold none of the group does not multiply, so a group costs
+matrix time in steps of 64 rows. Items are ordered expert, column block, tile: tiles that need the same weights run at
+the same time and find them in L2.
 
 **Roofline** (H100: 989 TFLOP/s, 3.35 TB/s), Nano, 8192 tokens: 49,152 rows of 2688, F = 1856, 128 experts. 0.98 TFLOP
 are 0.99 ms; 2.55 GB of weights are 0.76 ms of memory, rows in and out 0.16 ms, hidden units 0.11 ms. Steps of 64 rows
@@ -33,7 +31,7 @@ d(relu) = 2 sqrt(h) dh w and dw = sum(dh h); then the other three products. dy, 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,14 +39,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import matvec
-from pallas_kernels.expert_mlp import tuning, xla
-from pallas_kernels.expert_mlp.tuning import DEPTH, MATRIX_ROWS
+from pallas_kernels import persistent
+from pallas_kernels.expert_mlp import tuning
+from pallas_kernels.persistent import DEPTH, MATRIX_ROWS, cut, swizzled
 
 _ALIGN = 8  # TMA of a swizzled tile starts at a multiple of this many rows
 _SLOTS = 2  # results on their way out
-# Registers of a thread of the producer, and of one or two consumers: together no more than the block has been given.
-_PRODUCER_REGISTERS, _CONSUMER_REGISTERS = 40, {1: 240, 2: 232}
 
 
 def supports(x: jax.Array, up: jax.Array, down: jax.Array) -> str | None:
@@ -130,126 +126,8 @@ def _tile_item(tiles, index, *, experts, columns, depth, tile_rows):
     )
 
 
-class _Ring(NamedTuple):
-    """The buffers between producer and consumers."""
-
-    a: Any
-    b: Any
-    full: Any
-    empty: Any
-
-
-def _persistent(ring: _Ring, count, item_at: Callable, load: Callable, product: Callable, finish: Callable, blocks):
-    """Runs all items of this thread block.
-
-    `load(item, k, slot, barrier)` starts both copies of step k; `product(acc, slot, rows)` multiplies these rows of the
-    tile; `finish(item, thread, top, acc)` stores the sums of 64 rows from `top` on.
-    """
-    block, thread = lax.axis_index("block"), lax.axis_index("thread")
-    mine = lax.div(count - block + tuning.SMS - 1, tuning.SMS)
-    at = lambda i: item_at(block + i * tuning.SMS)
-    consumers, stages = blocks.consumers, blocks.stages
-
-    @pl.when(thread == consumers)
-    def _():
-        plgpu.set_max_registers(_PRODUCER_REGISTERS, action="decrease")
-        _produce(ring, mine, at, load, stages)
-
-    @pl.when(thread < consumers)
-    def _():
-        plgpu.set_max_registers(_CONSUMER_REGISTERS[consumers], action="increase")
-        _consume(ring, mine, at, product, finish, thread, blocks)
-
-
-def _produce(ring, mine, item_at, load, stages):
-    def item_loads(i, step):
-        item = item_at(i)
-
-        def fetch(k, step):
-            slot = lax.rem(step, stages)
-
-            @pl.when(step >= stages)
-            def _():
-                plgpu.barrier_wait(ring.empty.at[slot])
-
-            load(item, k, slot, ring.full.at[slot])
-            return step + 1
-
-        return lax.fori_loop(0, item.steps, fetch, step)
-
-    steps = lax.fori_loop(0, mine, item_loads, 0)
-
-    @pl.loop(jnp.maximum(steps - stages, 0), steps)
-    def _(step):
-        plgpu.barrier_wait(ring.empty.at[lax.rem(step, stages)])
-
-
-def _consume(ring, mine, item_at, product, finish, thread, blocks):
-    def one(i, step):
-        item = item_at(i)
-        slot_of = lambda k: lax.rem(step + k, blocks.stages)
-        release = lambda k: plgpu.barrier_arrive(ring.empty.at[slot_of(k)])
-        top = thread * MATRIX_ROWS
-
-        def pass_on():
-            @pl.loop(0, item.steps)
-            def _(k):
-                plgpu.barrier_wait(ring.full.at[slot_of(k)])
-                release(k)
-
-        def compute():
-            def multiply(acc):
-                @pl.loop(0, item.steps)
-                def _(k):
-                    plgpu.barrier_wait(ring.full.at[slot_of(k)])
-                    product(acc, slot_of(k), pl.ds(pl.multiple_of(top, MATRIX_ROWS), MATRIX_ROWS))
-                    plgpu.wgmma_wait(1)
-                    pl.when(k > 0)(lambda: release(k - 1))
-
-                return acc[...]
-
-            result = pl.run_scoped(multiply, plgpu.ACC((MATRIX_ROWS, blocks.columns), jnp.float32))
-            pl.when(item.steps > 0)(lambda: release(item.steps - 1))
-            finish(item, thread, top, result)
-
-        lax.cond(item.end > top, compute, pass_on)
-        return step + item.steps
-
-    lax.fori_loop(0, mine, one, 0)
-    plgpu.wait_smem_to_gmem(0)
-
-
-def _swizzled(dtype, *shape):
-    """Shared memory whose rows are cut into 128 bytes, as wgmma and TMA want them."""
-    lanes = 128 // jnp.dtype(dtype).itemsize
-    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, lanes)), plgpu.SwizzleTransform(128)))
-
-
-def _launch(body, operands, out, blocks, a_shape, b_shape, extra=()):
-    """Runs `body(*operands, out, ring, slots, *extra)` on every multiprocessor."""
-
-    def unpacked(*refs):
-        inputs, (a, b, full, empty, *rest) = refs[: len(operands) + 1], refs[len(operands) + 1 :]
-        body(*inputs, _Ring(a, b, full, empty), *rest)
-
-    consumers, stages = blocks.consumers, blocks.stages
-    return plgpu.kernel(
-        unpacked,
-        out_type=out,
-        grid=(tuning.SMS,),
-        grid_names=("block",),
-        num_threads=consumers + 1,
-        thread_name="thread",
-        kernel_name=body.__name__,
-        scratch_types=[
-            _swizzled(operands[-1].dtype, stages, *a_shape),
-            _swizzled(operands[-1].dtype, stages, *b_shape),
-            plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=consumers, num_barriers=stages),
-            _swizzled(out.dtype, consumers, _SLOTS, MATRIX_ROWS, 128 // out.dtype.itemsize),
-            *extra,
-        ],
-    )(*operands)
+def _slots(blocks, dtype):
+    return swizzled(dtype, blocks.consumers, _SLOTS, MATRIX_ROWS, 128 // dtype.itemsize)
 
 
 def _send(acc, slots, target):
@@ -306,10 +184,6 @@ def _send_rows(acc, factors, slots, buffer, target, first, count):
         lax.cond(count == MATRIX_ROWS, whole, some)
 
 
-def _cut(index, size):
-    return pl.ds(pl.multiple_of(index * size, size), size)
-
-
 def to_tiles(rows, weights, plan: Plan, activation: Callable) -> jax.Array:
     """`activation(rows @ weights[e]^T)` as tiles: rows [R, K], weights [E, N, K] -> [tiles * tile rows, N]."""
     experts, width, depth = weights.shape
@@ -319,10 +193,10 @@ def to_tiles(rows, weights, plan: Plan, activation: Callable) -> jax.Array:
 
     def expert_mlp_to_tiles(tiles, count, weights, rows, out, ring, slots):
         def load(item, k, slot, full):
-            part = _cut(k, DEPTH)
+            part = cut(k, DEPTH)
             tile = ring.a.at[slot, pl.ds(0, blocks.rows)]
             plgpu.copy_gmem_to_smem(rows.at[pl.ds(item.row, blocks.rows), part], tile, full)
-            column = _cut(item.column, blocks.columns)
+            column = cut(item.column, blocks.columns)
             plgpu.copy_gmem_to_smem(weights.at[item.expert, column, part], ring.b.at[slot], full)
 
         def product(acc, slot, part):
@@ -334,11 +208,12 @@ def to_tiles(rows, weights, plan: Plan, activation: Callable) -> jax.Array:
             _send(activation(acc), slots.at[thread], lambda slab, n: out.at[place, pl.ds(column + slab * n, n)])
 
         item_at = lambda i: _tile_item(tiles, i, experts=experts, columns=columns, depth=depth, tile_rows=blocks.rows)
-        _persistent(ring, count[0] * columns, item_at, load, product, finish, blocks)
+        persistent.run(ring, count[0] * columns, item_at, load, product, finish, blocks)
 
     out = jax.ShapeDtypeStruct((plan.tiles.shape[0] * blocks.rows, width), rows.dtype)
-    a_shape, b_shape = (max(blocks.rows, MATRIX_ROWS), DEPTH), (blocks.columns, DEPTH)
-    return _launch(expert_mlp_to_tiles, (plan.tiles, plan.count, weights, rows), out, blocks, a_shape, b_shape)
+    stage = (max(blocks.rows, MATRIX_ROWS), DEPTH), (blocks.columns, DEPTH)
+    operands = (plan.tiles, plan.count, weights, rows)
+    return persistent.launch(expert_mlp_to_tiles, operands, out, blocks, stage, [_slots(blocks, out.dtype)])
 
 
 def to_rows(tiles, weights, plan: Plan, scale, dtype) -> jax.Array:
@@ -354,10 +229,10 @@ def to_rows(tiles, weights, plan: Plan, scale, dtype) -> jax.Array:
 
     def expert_mlp_to_rows(table, count, scale, weights, tiles, out, ring, slots, buffers):
         def load(item, k, slot, full):
-            part = _cut(k, DEPTH)
+            part = cut(k, DEPTH)
             tile = ring.a.at[slot, pl.ds(0, blocks.rows)]
             plgpu.copy_gmem_to_smem(tiles.at[pl.ds(item.place, blocks.rows), part], tile, full)
-            column = _cut(item.column, blocks.columns)
+            column = cut(item.column, blocks.columns)
             plgpu.copy_gmem_to_smem(weights.at[item.expert, part, column], ring.b.at[slot], full)
 
         def product(acc, slot, part):
@@ -373,13 +248,13 @@ def to_rows(tiles, weights, plan: Plan, scale, dtype) -> jax.Array:
             _send_rows(acc, factors, slots.at[thread], buffers.at[thread], target, first, own)
 
         item_at = lambda i: _tile_item(table, i, experts=experts, columns=columns, depth=depth, tile_rows=blocks.rows)
-        _persistent(ring, count[1] * columns, item_at, load, product, finish, blocks)
+        persistent.run(ring, count[1] * columns, item_at, load, product, finish, blocks)
 
     out = jax.ShapeDtypeStruct((scale.shape[0] - blocks.rows - MATRIX_ROWS, width), dtype)
-    a_shape, b_shape = (max(blocks.rows, MATRIX_ROWS), DEPTH), (DEPTH, blocks.columns)
+    stage = (max(blocks.rows, MATRIX_ROWS), DEPTH), (DEPTH, blocks.columns)
     buffers = plgpu.SMEM((blocks.consumers, MATRIX_ROWS, 128 // dtype.itemsize), dtype)
     operands = (plan.tiles, plan.count, scale, weights, tiles)
-    return _launch(expert_mlp_to_rows, operands, out, blocks, a_shape, b_shape, (buffers,))
+    return persistent.launch(expert_mlp_to_rows, operands, out, blocks, stage, [_slots(blocks, dtype), buffers])
 
 
 def per_expert(tiles, rows, plan: Plan, experts: int) -> jax.Array:
@@ -402,7 +277,7 @@ def per_expert(tiles, rows, plan: Plan, experts: int) -> jax.Array:
 
         def load(item, k, slot, full):
             part = lambda start: pl.ds(pl.multiple_of(start + k * DEPTH, _ALIGN), DEPTH)
-            band, column = _cut(item.begin, blocks.rows), _cut(item.column, blocks.columns)
+            band, column = cut(item.begin, blocks.rows), cut(item.column, blocks.columns)
             plgpu.copy_gmem_to_smem(tiles.at[part(item.place), band], ring.a.at[slot], full)
             plgpu.copy_gmem_to_smem(rows.at[part(item.row), column], ring.b.at[slot], full)
 
@@ -415,11 +290,12 @@ def per_expert(tiles, rows, plan: Plan, experts: int) -> jax.Array:
             target = lambda slab, n: out.at[item.expert, band, pl.ds(column + slab * n, n)]
             _send(acc, slots.at[thread], target)
 
-        _persistent(ring, experts * bands * columns, item_at, load, product, finish, blocks)
+        persistent.run(ring, experts * bands * columns, item_at, load, product, finish, blocks)
 
     out = jax.ShapeDtypeStruct((experts, height, width), rows.dtype)
-    a_shape, b_shape = (DEPTH, blocks.rows), (DEPTH, blocks.columns)
-    return _launch(expert_mlp_per_expert, (plan.groups, tiles, rows), out, blocks, a_shape, b_shape)
+    stage = (DEPTH, blocks.rows), (DEPTH, blocks.columns)
+    operands = (plan.groups, tiles, rows)
+    return persistent.launch(expert_mlp_per_expert, operands, out, blocks, stage, [_slots(blocks, out.dtype)])
 
 
 def _relu_squared(x):
@@ -474,23 +350,3 @@ def _rows_of_tiles(work):
 
 expert_mlp = jax.custom_vjp(_forward)
 expert_mlp.defvjp(lambda *arguments: (_forward(*arguments), arguments), backward)
-
-
-def _token_forward(x, up, down, ids, weights):
-    """One tile a (row, expert) pair, in the order of the experts: a second tile of an expert finds it in L2.
-
-    Each pair has 8 rows of its own, of which the first counts, so nothing has to be sorted but the work list.
-    """
-    (rows, chosen), pairs = ids.shape, ids.size
-    expert, number = ids.reshape(-1), jnp.arange(pairs)
-    # Sorted by counting the pairs that come before: one small kernel, where a sort would be several.
-    earlier = (expert[:, None] > expert) | ((expert[:, None] == expert) & (number[:, None] > number))
-    pair = jnp.where(earlier.sum(axis=1) == number[:, None], number, 0).sum(axis=1)
-    tiles = jnp.stack([expert[pair], number, pair * _ALIGN, pair * _ALIGN + 1], axis=1)
-    work = Plan(tiles.astype(jnp.int32), None, jnp.full(2, pairs, jnp.int32), _ALIGN)
-    hidden = to_tiles(jnp.repeat(x, chosen * _ALIGN, axis=0), up, work, _relu_squared)
-    y = to_rows(hidden, down, work, jnp.repeat(weights.reshape(-1), _ALIGN), jnp.float32)
-    return y.reshape(rows, chosen, _ALIGN, -1)[:, :, 0].sum(axis=1)
-
-
-token_mlp = matvec.with_gradient_of(xla.gathered, _token_forward)

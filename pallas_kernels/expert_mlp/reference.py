@@ -22,7 +22,8 @@ def expert_mlp(x, up, down, weights, group_sizes):
     return y.astype(x.dtype)
 
 
-def token_mlp(x, up, down, ids, weights):
+def token_mlp(x, up, down, ids, weights, shared=None):
     """See `api.token_mlp`."""
     chosen = jnp.take_along_axis(_every_expert(x, up, down), ids[..., None], axis=1)
-    return (chosen * weights[..., None]).sum(axis=1)
+    y = (chosen * weights[..., None]).sum(axis=1)
+    return y if shared is None else y + _every_expert(x, *(w[None] for w in shared))[:, 0]

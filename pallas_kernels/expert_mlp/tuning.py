@@ -7,13 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import ClassVar
 
+from pallas_kernels.persistent import DEPTH, MATRIX_ROWS, SHARED_MEMORY
 from pallas_kernels.tuned import tuned
-
-SHARED_MEMORY = 232_448  # bytes that one thread block may use on an H100
-SMS = 132  # multiprocessors of an H100 or H200 SXM
-MATRIX_ROWS = 64  # rows of one wgmma
-DEPTH = 64  # elements of the summed dimension in one stage: 128 bytes, the width of a swizzled row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +25,7 @@ class Blocks:
     rows: int
     columns: int
     stages: int
+    in_flight: ClassVar[int] = 1
 
     @property
     def consumers(self) -> int:

@@ -15,37 +15,47 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import matvec
+from pallas_kernels.choice import with_gradient_of
+from pallas_kernels.matvec import cpu
 
 # Large blocks run near the machine's matrix rate, small ones waste little on the rest; the choice follows the mean
 # number of rows an expert has.
 BLOCKS = ((384, 48), (192, 48), (64, 16), (16, 8))
 
 
-def token_mlp(x, up, down, ids, weights):
+def token_mlp(x, up, down, ids, weights, shared=None):
     """See `api.token_mlp`."""
-    if not matvec.fits(*up.shape[1:]):
-        return gathered(x, up, down, ids, weights)
-    row_by_row = matvec.with_gradient_of(gathered, _row_by_row)
-    return jax.lax.platform_dependent(x, up, down, ids, weights, cpu=row_by_row, default=gathered)
+    if not cpu.fits(*up.shape[1:]):
+        return gathered(x, up, down, ids, weights, shared)
+    row_by_row = with_gradient_of(gathered, _row_by_row)
+    return jax.lax.platform_dependent(x, up, down, ids, weights, shared, cpu=row_by_row, default=gathered)
 
 
-def _row_by_row(x, up, down, ids, weights):
+def _row_by_row(x, up, down, ids, weights, shared):
     def row(args):
         x, ids, weights = args
-        hidden = matvec.rows_dot(up, ids, x)
+        hidden = cpu.rows_dot(up, ids, x)
         hidden = (jnp.square(jax.nn.relu(hidden)) * weights[:, None]).astype(x.dtype)
-        return matvec.columns_dot(down, ids, hidden)
+        return cpu.columns_dot(down, ids, hidden)
 
-    return jax.lax.map(row, (x, ids, weights))
+    return jax.lax.map(row, (x, ids, weights)) + _shared(x, shared)
 
 
-def gathered(x, up, down, ids, weights):
+def gathered(x, up, down, ids, weights, shared=None):
     """`token_mlp` with copies of the chosen experts' weights."""
     up, down = (w.at[ids].get(mode="promise_in_bounds") for w in (up, down))
     hidden = jnp.einsum("rkfl,rl->rkf", up, x, preferred_element_type=jnp.float32)
     # With the router weight on this side, one product sums over experts and hidden units at once.
     hidden = (jnp.square(jax.nn.relu(hidden)) * weights[..., None]).astype(x.dtype)
-    return jnp.einsum("rkf,rkfl->rl", hidden, down, preferred_element_type=jnp.float32)
+    return jnp.einsum("rkf,rkfl->rl", hidden, down, preferred_element_type=jnp.float32) + _shared(x, shared)
+
+
+def _shared(x, shared):
+    if shared is None:
+        return 0.0
+    up, down = shared
+    hidden = jnp.square(jax.nn.relu(matvec.dot_rows(x, [up], jnp.float32, implementation="xla")[0]))
+    return matvec.dot_columns(hidden.astype(x.dtype), down, jnp.float32)
 
 
 def _sizes(rows, experts):

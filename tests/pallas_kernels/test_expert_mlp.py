@@ -1,5 +1,7 @@
 """expert_mlp: `xla` against `reference`."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -127,6 +129,19 @@ def test_token_mlp_where_experts_are_read_in_place(rows, chosen):
     }
     ids = np.stack([np.random.default_rng(r).permutation(experts)[:chosen] for r in range(rows)]).astype(np.int32)
     implementations_agree(one_token_output, values, {"ids": ids}, [True], 1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@pytest.mark.parametrize("rows", [1, 3], ids=["one-row", "three-rows"])
+@pytest.mark.parametrize("width, features", [(7, 6), (16, 128)], ids=["gathered", "read-in-place"])
+def test_an_expert_that_every_token_takes(width, features, rows, implementation):
+    """Its hidden units are other ones in number; the rest is as without it."""
+    up, down, more, back = (random(i, 2, n, features) / 4 for i, n in enumerate((width, width, 32, 32)))
+    x, weights, ids = random(4, rows, features), random(5, rows, 1), np.ones((rows, 1), np.int32)
+    run = jax.jit(functools.partial(token_mlp, implementation=implementation))
+    arrays = [jnp.asarray(a) for a in (x, up, down, ids, weights)]
+    without, actual = run(*arrays), run(*arrays, (jnp.asarray(more[0]), jnp.asarray(back[0])))
+    np.testing.assert_allclose(actual, without + np.maximum(x @ more[0].T, 0) ** 2 @ back[0], atol=1e-4)
 
 
 def test_token_mlp_equals_expert_mlp():

@@ -10,6 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernel_cases import as_bfloat16, random
 from tiny import assert_close
 
+from pallas_kernels import persistent
 from pallas_kernels.expert_mlp import expert_mlp, mosaic_gpu, reference, token_mlp, tuning
 
 pytestmark = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the interpreter needs jax 0.11")
@@ -22,7 +23,7 @@ def interpreter():
     """Two multiprocessors, each with three stages; tiles of 16, 64 and 128 rows for the numbers of rows above."""
     jax.clear_caches()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tuning, "SMS", 2)
+        patch.setattr(persistent, "SMS", 2)
         patch.setattr(tuning, "tile_rows", lambda rows, experts: 16 if rows <= SMALL else 64 if rows <= MEDIUM else 128)
         patch.setattr(tuning, "blocks", lambda rows, width, slots: tuning.Blocks(rows, 128, 3))
         with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
@@ -113,12 +114,16 @@ def test_gradients(races_found):
     assert not races_found()
 
 
-def test_token_mlp(races_found):
-    """An expert may be chosen by two tokens, or by none."""
+@pytest.mark.parametrize("shared", [None, 320], ids=["routed", "and-a-shared-one"])
+def test_token_mlp(shared, races_found):
+    """An expert may be chosen by two tokens, or by none; the shared one has a width of its own."""
     x, up, down, _ = arguments(2, 5)
     ids, weights = jnp.array([[4, 0, 2], [0, 1, 2]], jnp.int32), jnp.asarray(random(3, 2, 3))
-    y = jax.jit(lambda *a: token_mlp(*a, implementation="mosaic_gpu"))(x, up, down, ids, weights)
-    assert_close(y, reference.token_mlp(x, up, down, ids, weights), 2e-3)
+    if shared is not None:
+        shared = tuple(as_bfloat16(random(seed, shared, FEATURES) / 8) for seed in (4, 5))
+    run = jax.jit(lambda *a: token_mlp(*a, implementation="mosaic_gpu"))
+    y = run(x, up, down, ids, weights, shared)
+    assert_close(y, reference.token_mlp(x, up, down, ids, weights, shared), 4e-3)
     assert not races_found()
 
 

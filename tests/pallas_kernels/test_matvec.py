@@ -1,4 +1,4 @@
-"""matvec: products with matrices of a stack, against NumPy in float64."""
+"""matvec on CPU: products with matrices of a stack, against NumPy in float64."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,8 @@ import pytest
 from kernel_cases import random
 from tiny import assert_close
 
-from pallas_kernels import matvec
+from pallas_kernels.choice import with_gradient_of
+from pallas_kernels.matvec import cpu
 
 INDEX = np.array([3, 0, 3], np.int32)  # one matrix twice
 
@@ -20,25 +21,25 @@ def test_products(rows, columns, dtype, relative):
         jnp.asarray(a, dtype) for a in (random(0, 4, rows, columns), random(1, columns), random(2, len(INDEX), rows))
     )
     exact = [np.asarray(a, np.float64) for a in (stack, x, h)]
-    assert matvec.fits(rows, columns)
-    actual = jax.jit(matvec.rows_dot)(stack, INDEX, x)
+    assert cpu.fits(rows, columns)
+    actual = jax.jit(cpu.rows_dot)(stack, INDEX, x)
     assert actual.dtype == jnp.float32
     assert_close(actual, exact[0][INDEX] @ exact[1], relative)
-    actual = jax.jit(matvec.columns_dot)(stack, INDEX, h)
+    actual = jax.jit(cpu.columns_dot)(stack, INDEX, h)
     assert actual.dtype == jnp.float32
     assert_close(actual, np.einsum("kf,kfl->l", exact[2], exact[0][INDEX]), relative)
 
 
 @pytest.mark.parametrize("rows, columns", [(8, 128), (16, 64), (24, 128), (16, 192)])
 def test_sizes_that_do_not_fit(rows, columns):
-    assert not matvec.fits(rows, columns)
+    assert not cpu.fits(rows, columns)
 
 
 def test_gradient_is_that_of_the_plain_function():
     """Also for a function that has none of its own, and next to integer arguments."""
     plain = lambda x, i: jnp.sum(x**2) * i
     fast = lambda x, i: jax.lax.stop_gradient(plain(x, i))
-    call = matvec.with_gradient_of(plain, fast)
+    call = with_gradient_of(plain, fast)
     value, grad = jax.value_and_grad(call)(jnp.arange(3.0), 2)
     assert value == 10
     assert grad.tolist() == [0, 4, 8]

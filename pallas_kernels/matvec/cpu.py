@@ -1,4 +1,4 @@
-"""Matrix-vector products that read the matrices of a stack where they lie (for XLA on CPU).
+"""Matrix-vector products for XLA on CPU, which read the matrices of a stack where they lie.
 
 A dot on CPU wants its operand as an array of its own, so `stack[e] @ x` copies the matrix first and takes twice the
 time of reading it; and a small dot runs on one thread. A sum of slices, written out, becomes one parallel loop that
@@ -7,8 +7,6 @@ What is left to sum stays behind a barrier: fused in, it would be summed element
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -40,10 +38,3 @@ def columns_dot(stack: Float[Array, "E F L"], index: Int[Array, " K"], h: Float[
     stack, h = stack.reshape(experts, *cut, columns), h.astype(jnp.float32).reshape(-1, *cut, 1)
     partial = sum(stack[:, i].at[index].get(mode="promise_in_bounds") * h[:, i] for i in range(_TERMS))
     return jax.lax.optimization_barrier(partial).sum(axis=(0, 1))
-
-
-def with_gradient_of(plain: Callable, fast: Callable) -> Callable:
-    """`fast`, differentiated as `plain`: the transpose of many slices would be as many arrays of the stack's size."""
-    call = jax.custom_vjp(fast)
-    call.defvjp(lambda *args: (fast(*args), args), lambda args, dy: jax.vjp(plain, *args)[1](dy))
-    return call

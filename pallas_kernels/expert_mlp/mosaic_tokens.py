@@ -1,0 +1,45 @@
+"""The experts of a few tokens on Hopper: nothing is sorted, and the weights are read at the speed of memory.
+
+Both products are those of `pallas_kernels/matvec/mosaic_gpu.py`, with a matrix for each (row, expert) pair. It meets
+all rows, but the factors of the first product are zero except for the pair's own: so the second may sum over all pairs.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.choice import with_gradient_of
+from pallas_kernels.expert_mlp import xla
+from pallas_kernels.matvec import mosaic_gpu as matvec
+from pallas_kernels.matvec.mosaic_gpu import Stack
+from pallas_kernels.persistent import DEPTH
+
+
+def supports(x: jax.Array, *weights: jax.Array) -> str | None:
+    """Why these kernels cannot run on such rows and weights [..., F, L], or None if they can."""
+    if any(w.shape[-2] % DEPTH for w in weights):
+        return f"the widths {[w.shape[-2] for w in weights]} are not all multiples of {DEPTH}"
+    return matvec.supports(x, *weights)
+
+
+def _forward(x, up, down, ids, weights, shared=None):
+    """See `api.token_mlp`."""
+    rows, chosen = ids.shape
+    pairs = ids.reshape(-1)
+    own = jnp.arange(pairs.size)[:, None] // chosen == jnp.arange(rows)
+    factors = jnp.where(own, weights.reshape(-1, 1), 0.0)
+    ups, downs = [Stack(up, pairs)], [Stack(down, pairs)]
+    if shared is not None:
+        for stacks, matrix in zip((ups, downs), shared, strict=True):
+            stacks.append(Stack(matrix[None], jnp.zeros(1, jnp.int32)))
+        factors = jnp.pad(factors, ((0, 1), (0, 0)), constant_values=1.0)
+    hidden = matvec.rows_dot(ups, x, x.dtype, _relu_squared, factors)
+    return matvec.columns_dot(downs, hidden)[:rows]
+
+
+def _relu_squared(a):
+    return jnp.square(jnp.maximum(a, 0))
+
+
+token_mlp = with_gradient_of(xla.gathered, _forward)

@@ -1,0 +1,48 @@
+"""Products of a few rows with matrices: what decoding spends its time on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jaxtyping import Array, Float
+
+from pallas_kernels.choice import choose, on_hopper, with_gradient_of
+from pallas_kernels.matvec import mosaic_gpu, reference, xla
+
+IMPLEMENTATIONS = {"xla": xla.dot_rows, "mosaic_gpu": mosaic_gpu.dot_rows, "reference": reference.dot_rows}
+FEW_ROWS = 8  # up to so many, the default on Hopper is its kernel; with more, matrix libraries do well
+
+
+def _best(x, weights, dtype):
+    branch = lambda run: lambda x, weights: tuple(run(x, weights, dtype))
+    fast, plain = branch(mosaic_gpu.dot_rows), branch(xla.dot_rows)
+    run = lambda x, weights: jax.lax.platform_dependent(x, weights, cuda=fast, default=plain)
+    return list(with_gradient_of(plain, run)(x, tuple(weights)))
+
+
+def dot_rows(
+    x: Float[Array, "R D"], weights: Sequence[Float[Array, "_ D"]], dtype: Any, *, implementation: str | None = None
+) -> list[Float[Array, "R _"]]:
+    """`y[r, o] = sum_d x[r, d] weight[o, d]` for each weight, summed in float32, in `dtype`.
+
+    Args:
+      weights: matrices, which may differ in O.
+      implementation: `"mosaic_gpu"` (Hopper, up to 64 rows), `"xla"`, `"reference"`, or None for the default
+        (`pallas_kernels.choice`).
+
+    Raises:
+      ValueError: shapes that do not belong together; a named implementation that cannot run on such arrays.
+    """
+    if not weights or any(w.ndim != 2 or w.shape[1] != x.shape[1] for w in weights):
+        raise ValueError(f"dot_rows: x {x.shape} and weights {[w.shape for w in weights]} do not fit together")
+    reason = mosaic_gpu.supports(x, *weights)
+    if implementation is None and x.shape[0] <= FEW_ROWS and on_hopper("dot_rows", reason):
+        return _best(x, weights, dtype)
+    return choose("dot_rows", IMPLEMENTATIONS, implementation, {"mosaic_gpu": reason})(x, weights, dtype)
+
+
+def dot_columns(h: Float[Array, "R F"], weight: Float[Array, "F D"], dtype: Any) -> Float[Array, "R D"]:
+    """`y[r, d] = sum_f h[r, f] weight[f, d]`, in `dtype`, in plain JAX."""
+    return xla.dot_columns(h, weight, dtype)

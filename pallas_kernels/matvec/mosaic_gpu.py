@@ -1,0 +1,233 @@
+"""Products of a few rows with matrices of stacks, for Hopper (Mosaic GPU): weights at the speed of memory.
+
+    rows_dot      y[k, r, f] = act(sum_l x[r, l] w[index[k], f, l]) factors[k, r]
+    columns_dot   y[r, l] = sum_k sum_f h[k, r, f] w[index[k], f, l]
+
+A token in decoding takes both with the experts that it chose; a projection is the first, with a stack of one. Several
+stacks that meet the same x, such as the routed experts and the shared one, or the projections of queries, keys and
+values, are one launch: what a launch waits before its first byte and after its last costs as much as 10 MB.
+
+**Kernel.** `pallas_kernels/persistent.py`. The few rows are the left operand of wgmma, which takes 64: those that are
+not there are computed in vain. Nothing is sorted: a matrix that two pairs (row, expert) chose is read by both, the
+second time out of L2. An item of `rows_dot` is a block of a matrix's rows, of a height at which the items fill all
+multiprocessors evenly. An item of `columns_dot` is 64 columns and a part of the sum over k and f; XLA adds the parts
+where it reads them.
+
+**Roofline**, Nano, one token on an H100: the up projections of six experts and the shared one are 80 MB, 24 us, and so
+are the down projections; the input projection of a Mamba-2 layer is 55 MB, 17 us. What matters is bytes in flight: of
+weights, 45 to 131 KB a multiprocessor.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import persistent
+from pallas_kernels.choice import with_gradient_of
+from pallas_kernels.matvec import tuning, xla
+from pallas_kernels.persistent import DEPTH, MATRIX_ROWS, cut
+from pallas_kernels.tiles import pad_to
+
+_ALIGN = 8  # elements of 16 bits, in the 16 bytes that TMA counts in
+
+
+class Stack(NamedTuple):
+    """Matrices to multiply with.
+
+    Attributes:
+      matrices: bfloat16 [E, F, L].
+      index: int32 [K]: which of them.
+    """
+
+    matrices: jax.Array
+    index: jax.Array
+
+
+def supports(x: jax.Array, *matrices: jax.Array) -> str | None:
+    """Why these kernels cannot run on such rows and such matrices [..., F, L], or None if they can."""
+    if any(a.dtype != jnp.bfloat16 for a in (x, *matrices)):
+        return f"x is {x.dtype}, the matrices {', '.join(str(m.dtype) for m in matrices)}, but all must be bfloat16"
+    if not 0 < x.shape[0] <= MATRIX_ROWS:
+        return f"there are {x.shape[0]} rows, not 1 to {MATRIX_ROWS}"
+    if x.shape[1] % DEPTH or any(m.shape[-2] % _ALIGN for m in matrices):
+        return f"of matrices {[m.shape[-2:] for m in matrices]}, rows must be multiples of {_ALIGN}, columns of {DEPTH}"
+    if jax.__version_info__ < (0, 11):
+        return f"jax {jax.__version__} is older than 0.11"
+    return None
+
+
+class _Item(NamedTuple):
+    """See `persistent.Item`.
+
+    which: number of the stack; pair: of the matrix in its index; matrix: in the stack; column: number of the block.
+    """
+
+    which: Any
+    pair: Any
+    matrix: Any
+    column: Any
+    steps: Any
+    end: Any = MATRIX_ROWS
+
+
+class _Places(NamedTuple):
+    """Numbers from 0 on, dealt out to the matrices of the stacks in turn: `each` of a stack to each of its matrices."""
+
+    first: tuple[int, ...]
+    each: tuple[int, ...]
+    total: int
+
+    @classmethod
+    def of(cls, stacks: Sequence[Stack], size: int) -> _Places:
+        """One number for every `size` rows."""
+        each = [pl.cdiv(s.matrices.shape[1], size) for s in stacks]
+        counts = [n * s.index.shape[0] for n, s in zip(each, stacks, strict=True)]
+        *first, total = itertools.accumulate(counts, initial=0)
+        return cls(tuple(first), tuple(each), total)
+
+    def at(self, number, indices):
+        """(stack, pair, matrix, number among those of this matrix)."""
+        which = sum((number >= first).astype(jnp.int32) for first in self.first[1:])
+        pick = lambda values: sum(jnp.where(which == i, v, 0) for i, v in enumerate(values))
+        local = number - pick(self.first)
+        pair, rest = lax.div(local, pick(self.each)), lax.rem(local, pick(self.each))
+        return which, pair, pick([index[jnp.minimum(pair, index.shape[0] - 1)] for index in indices]), rest
+
+
+def _of(which, runs):
+    """Runs the function that belongs to stack `which`."""
+    for i, run in enumerate(runs):
+        pl.when(which == i)(run)
+
+
+def rows_dot(
+    stacks: Sequence[Stack],
+    x: jax.Array,
+    dtype: Any,
+    activation: Callable = lambda sums: sums,
+    factors: jax.Array | None = None,
+) -> list[jax.Array]:
+    """See above: x [R, L]; one result [K, R, F] in `dtype` for each stack, R filled up to a multiple of 8.
+
+    factors: float32 [K, R], of all stacks one after the other; None for ones.
+    """
+    x = pad_to(x, 0)
+    rows, count = x.shape[0], len(stacks)
+    blocks = tuning.by_rows([(s.index.shape[0], s.matrices.shape[1]) for s in stacks])
+    places = _Places.of(stacks, blocks.columns)
+    steps = pl.cdiv(x.shape[1], blocks.depth)
+    given = [] if factors is None else [jnp.pad(factors, ((0, 0), (0, MATRIX_ROWS - factors.shape[1])))]
+    before = [0, *itertools.accumulate(s.index.shape[0] for s in stacks)]
+
+    def matvec_rows(*refs):
+        refs = iter(refs)
+        take = lambda n: list(itertools.islice(refs, n))
+        indices, factors, matrices, (x,), outs, (ring, slot) = map(take, (count, len(given), count, 1, count, 2))
+
+        def item_at(number):
+            which, pair, matrix, column = places.at(number, indices)
+            return _Item(which, pair, matrix, column, steps)
+
+        def load(item, k, slot, full):
+            part = cut(k, blocks.depth)
+            plgpu.copy_gmem_to_smem(x.at[:, part], ring.a.at[slot, pl.ds(0, rows)], full)
+            weights = lambda m: m.at[item.matrix, cut(item.column, blocks.columns), part]
+            _of(item.which, [lambda m=m: plgpu.copy_gmem_to_smem(weights(m), ring.b.at[slot], full) for m in matrices])
+
+        def product(acc, slot, part):
+            plgpu.wgmma(acc, ring.a.at[slot, part], ring.b.at[slot].transpose((1, 0)))
+
+        def finish(item, thread, top, acc):
+            y = activation(acc)
+            for f in factors:
+                number = item.pair + sum(jnp.where(item.which == i, n, 0) for i, n in enumerate(before[:-1]))
+                own = plgpu.load(f.at[number], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+                y = y * lax.broadcast_in_dim(own, y.shape, (0,))
+            place = lambda out: out.at[item.pair, :, cut(item.column, blocks.columns)]
+            _put(y, slot)
+            _of(item.which, [lambda o=o: _send(slot, place(o)) for o in outs])
+
+        persistent.run(ring, places.total, item_at, load, product, finish, blocks)
+
+    out = tuple(jax.ShapeDtypeStruct((s.index.shape[0], rows, s.matrices.shape[1]), dtype) for s in stacks)
+    operands = (*(s.index for s in stacks), *given, *(s.matrices for s in stacks), x)
+    stage = (MATRIX_ROWS, blocks.depth), (blocks.columns, blocks.depth)
+    return list(persistent.launch(matvec_rows, operands, out, blocks, stage, [_slot(blocks, dtype)]))
+
+
+def columns_dot(stacks: Sequence[Stack], hidden: Sequence[jax.Array]) -> jax.Array:
+    """See above, summed over all stacks: hidden [K, R, F] of each -> float32 [R, L], R a multiple of 8."""
+    rows, width, count = hidden[0].shape[1], stacks[0].matrices.shape[2], len(stacks)
+    places = _Places.of(stacks, DEPTH)
+    blocks = tuning.by_columns(places.total, width)
+    columns, share = pl.cdiv(width, blocks.columns), pl.cdiv(places.total, blocks.parts)
+
+    def matvec_columns(*refs):
+        refs = iter(refs)
+        take = lambda n: list(itertools.islice(refs, n))
+        indices, matrices, hidden, (out, ring, slot) = map(take, (count, count, count, 3))
+
+        def item_at(number):
+            part, column = lax.div(number, columns), lax.rem(number, columns)
+            steps = jnp.clip(places.total - part * share, 0, share)
+            return _Item(None, part, None, column, steps)
+
+        def load(item, k, slot, full):
+            which, pair, matrix, step = places.at(item.pair * share + k, indices)
+            tile = ring.a.at[slot, pl.ds(0, rows)]
+
+            def copy(hidden, weights):
+                plgpu.copy_gmem_to_smem(hidden.at[pair, :, cut(step, DEPTH)], tile, full)
+                block = weights.at[matrix, cut(step, DEPTH), cut(item.column, blocks.columns)]
+                plgpu.copy_gmem_to_smem(block, ring.b.at[slot], full)
+
+            _of(which, [lambda h=h, w=w: copy(h, w) for h, w in zip(hidden, matrices, strict=True)])
+
+        def product(acc, slot, part):
+            plgpu.wgmma(acc, ring.a.at[slot, part], ring.b.at[slot])
+
+        def finish(item, thread, top, acc):
+            _put(acc, slot)
+            _send(slot, out.at[item.pair, :, cut(item.column, blocks.columns)])
+
+        persistent.run(ring, columns * blocks.parts, item_at, load, product, finish, blocks)
+
+    out = jax.ShapeDtypeStruct((blocks.parts, rows, width), jnp.float32)
+    operands = (*(s.index for s in stacks), *(s.matrices for s in stacks), *hidden)
+    stage = (MATRIX_ROWS, DEPTH), (DEPTH, blocks.columns)
+    return persistent.launch(matvec_columns, operands, out, blocks, stage, [_slot(blocks, jnp.float32)]).sum(axis=0)
+
+
+def _slot(blocks, dtype):
+    return plgpu.SMEM((MATRIX_ROWS, blocks.columns), dtype)
+
+
+def _put(y, slot):
+    """Fills the slot, when what it held before is on its way."""
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    slot[...] = y.astype(slot.dtype)
+    plgpu.commit_smem()
+
+
+def _send(slot, memory):
+    """Stores the first rows of the slot, as many as `memory` has. TMA drops what lies beyond the last column."""
+    plgpu.copy_smem_to_gmem(slot.at[pl.ds(0, memory.shape[0])], memory)
+
+
+def dot_rows(x, weights, dtype):
+    """See `api.dot_rows`."""
+
+    def run(x, weights):
+        stacks = [Stack(w[None], jnp.zeros(1, jnp.int32)) for w in weights]
+        return tuple(y[0, : x.shape[0]] for y in rows_dot(stacks, x, dtype))
+
+    plain = lambda x, weights: tuple(xla.dot_rows(x, weights, dtype))
+    return list(with_gradient_of(plain, run)(x, tuple(weights)))

@@ -1,0 +1,66 @@
+"""How the Hopper kernels of `mosaic_gpu.py` cut a product: by what keeps every multiprocessor reading to the end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from pallas_kernels import persistent
+from pallas_kernels.persistent import DEPTH, MATRIX_ROWS, SHARED_MEMORY
+
+_WIDEST = 128
+_COPY = 8192  # bytes of weights worth the synchronisation of a stage
+_OVERHEAD = 8  # what an item costs besides its columns, in columns
+
+
+class Blocks(NamedTuple):
+    """How a product is cut.
+
+    Attributes:
+      columns: of the result, in an item. depth: elements of the summed dimension in a stage. stages: in flight.
+      parts: of the sum, each computed by itself.
+    """
+
+    columns: int
+    depth: int
+    stages: int
+    parts: int = 1
+
+    # Memory is slower than one warpgroup that waits for each of its products.
+    @property
+    def consumers(self) -> int:
+        """Warpgroups that multiply."""
+        return 1
+
+    @property
+    def in_flight(self) -> int:
+        """Products that run while the next is waited for."""
+        return 0
+
+
+def by_rows(counts: Sequence[tuple[int, int]]) -> Blocks:
+    """Blocks of products with the rows of matrices; counts: matrices of a stack, and rows of each."""
+
+    def cost(columns):
+        items = sum(matrices * -(-rows // columns) for matrices, rows in counts)
+        return -(-items // persistent.SMS) * (columns + _OVERHEAD), -columns
+
+    # The compiler cuts a result into tiles as wide as the largest power of two in `columns`, and takes whole ones only.
+    fits = lambda columns: all(rows % (columns & -columns) == 0 for _, rows in counts)
+    columns = min(filter(fits, range(16, _WIDEST + 1, 8)), key=cost)
+    return _with_stages(columns, DEPTH * -(-_COPY // (2 * DEPTH * columns)), 1)
+
+
+def by_columns(steps: int, width: int) -> Blocks:
+    """Blocks of a sum over `steps` times `DEPTH` rows, of matrices with `width` columns."""
+    blocks = -(-width // DEPTH)
+
+    def cost(parts):
+        return -(-blocks * parts // persistent.SMS) * (-(-steps // parts) + _OVERHEAD // 2), parts
+
+    return _with_stages(DEPTH, DEPTH, min(range(1, min(steps, 16) + 1), key=cost))
+
+
+def _with_stages(columns, depth, parts):
+    stage, result = 2 * depth * (MATRIX_ROWS + columns), 4 * MATRIX_ROWS * columns
+    return Blocks(columns, depth, min(16, (SHARED_MEMORY - 2048 - result) // stage), parts)

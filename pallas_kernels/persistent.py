@@ -1,0 +1,191 @@
+"""Matrix products for Hopper as persistent kernels: one thread block a multiprocessor, walking over a list of items.
+
+A producer warpgroup fills a ring of stages by TMA, two tiles a stage; it runs ahead across items, so the ring never
+drains. One or two consumer warpgroups multiply: wgmma reads both tiles from shared memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+SHARED_MEMORY = 232_448  # bytes that one thread block may use on an H100
+SMS = 132  # multiprocessors of an H100 or H200 SXM
+MATRIX_ROWS = 64  # rows of one wgmma
+DEPTH = 64  # elements of 16 bits in 128 bytes, the width of a swizzled row
+# Registers of a thread of the producer, and of one or two consumers: together no more than the block has been given.
+_PRODUCER_REGISTERS, _CONSUMER_REGISTERS = 40, {1: 240, 2: 232}
+
+
+@runtime_checkable
+class Item(Protocol):
+    """One result block: what a thread block computes between two stores.
+
+    Attributes:
+      steps: stages to sum over. end: rows of the tile that count.
+    """
+
+    steps: Any
+    end: Any
+
+
+@runtime_checkable
+class Blocks(Protocol):
+    """How a product is cut.
+
+    Attributes:
+      columns: of the sums. stages: of the ring. consumers: warpgroups that multiply.
+      in_flight: products that a consumer leaves running while it waits for the next stage, 0 or 1.
+    """
+
+    columns: int
+    stages: int
+    consumers: int
+    in_flight: int
+
+
+class Ring(NamedTuple):
+    """The buffers between producer and consumers."""
+
+    a: Any
+    b: Any
+    full: Any
+    empty: Any
+
+
+def run(ring: Ring, count, item_at: Callable, load: Callable, product: Callable, finish: Callable, blocks):
+    """Runs all items of this thread block.
+
+    `load(item, k, slot, barrier)` starts both copies of step k; `product(acc, slot, rows)` multiplies these rows of the
+    tile; `finish(item, thread, top, acc)` stores the sums of 64 rows from `top` on.
+    """
+    block, thread = lax.axis_index("block"), lax.axis_index("thread")
+    mine = lax.div(count - block + SMS - 1, SMS)
+    at = lambda i: item_at(block + i * SMS)
+    consumers, stages = blocks.consumers, blocks.stages
+
+    @pl.when(thread == consumers)
+    def _():
+        plgpu.set_max_registers(_PRODUCER_REGISTERS, action="decrease")
+        _produce(ring, mine, at, load, stages)
+
+    @pl.when(thread < consumers)
+    def _():
+        plgpu.set_max_registers(_CONSUMER_REGISTERS[consumers], action="increase")
+        _consume(ring, mine, at, product, finish, thread, blocks)
+
+
+def _produce(ring, mine, item_at, load, stages):
+    def item_loads(i, step):
+        item = item_at(i)
+
+        def fetch(k, step):
+            slot = lax.rem(step, stages)
+
+            @pl.when(step >= stages)
+            def _():
+                plgpu.barrier_wait(ring.empty.at[slot])
+
+            load(item, k, slot, ring.full.at[slot])
+            return step + 1
+
+        return lax.fori_loop(0, item.steps, fetch, step)
+
+    steps = lax.fori_loop(0, mine, item_loads, 0)
+
+    @pl.loop(jnp.maximum(steps - stages, 0), steps)
+    def _(step):
+        plgpu.barrier_wait(ring.empty.at[lax.rem(step, stages)])
+
+
+def _consume(ring, mine, item_at, product, finish, thread, blocks):
+    def one(i, step):
+        item = item_at(i)
+        slot_of = lambda k: lax.rem(step + k, blocks.stages)
+        release = lambda k: plgpu.barrier_arrive(ring.empty.at[slot_of(k)])
+        top = thread * MATRIX_ROWS
+
+        def pass_on():
+            @pl.loop(0, item.steps)
+            def _(k):
+                plgpu.barrier_wait(ring.full.at[slot_of(k)])
+                release(k)
+
+        def compute():
+            def multiply(acc):
+                @pl.loop(0, item.steps)
+                def _(k):
+                    plgpu.barrier_wait(ring.full.at[slot_of(k)])
+                    product(acc, slot_of(k), pl.ds(pl.multiple_of(top, MATRIX_ROWS), MATRIX_ROWS))
+                    plgpu.wgmma_wait(blocks.in_flight)
+                    if blocks.in_flight:
+                        pl.when(k > 0)(lambda: release(k - 1))
+                    else:
+                        release(k)
+
+                return acc[...]
+
+            result = pl.run_scoped(multiply, plgpu.ACC((MATRIX_ROWS, blocks.columns), jnp.float32))
+            if blocks.in_flight:
+                pl.when(item.steps > 0)(lambda: release(item.steps - 1))
+            finish(item, thread, top, result)
+
+        lax.cond(item.end > top, compute, pass_on)
+        return step + item.steps
+
+    lax.fori_loop(0, mine, one, 0)
+    plgpu.wait_smem_to_gmem(0)
+
+
+def swizzled(dtype, *shape):
+    """Shared memory whose rows are cut into 128 bytes, as wgmma and TMA want them."""
+    lanes = 128 // jnp.dtype(dtype).itemsize
+    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, lanes)), plgpu.SwizzleTransform(128)))
+
+
+def launch(
+    body: Callable,
+    operands: Sequence[Any],
+    out: Any,
+    blocks: Blocks,
+    tiles: tuple[tuple[int, int], tuple[int, int]],
+    scratch: Sequence[Any],
+) -> Any:
+    """Runs `body(*operands, *out, ring, *scratch)` on every multiprocessor.
+
+    Args:
+      out: shape and dtype of the result, or a tuple of such.
+      tiles: shapes of both tiles of a stage, in the dtype of the last operand.
+    """
+    results = len(out) if isinstance(out, tuple) else 1
+
+    def unpacked(*refs):
+        inputs, (a, b, full, empty, *rest) = refs[: len(operands) + results], refs[len(operands) + results :]
+        body(*inputs, Ring(a, b, full, empty), *rest)
+
+    dtype, stages = operands[-1].dtype, blocks.stages
+    return plgpu.kernel(
+        unpacked,
+        out_type=out,
+        grid=(SMS,),
+        grid_names=("block",),
+        num_threads=blocks.consumers + 1,
+        thread_name="thread",
+        kernel_name=body.__name__,
+        scratch_types=[
+            *(swizzled(dtype, stages, *shape) for shape in tiles),
+            plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=blocks.consumers, num_barriers=stages),
+            *scratch,
+        ],
+    )(*operands)
+
+
+def cut(index, size):
+    """Part `index` of an axis cut into parts of `size`."""
+    return pl.ds(pl.multiple_of(index * size, size), size)

@@ -1,0 +1,116 @@
+"""The Hopper kernels of matvec in the Mosaic GPU interpreter, with race detection, against NumPy in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from kernel_cases import as_bfloat16, random
+from tiny import assert_close
+
+from pallas_kernels import persistent
+from pallas_kernels.matvec import dot_rows, mosaic_gpu, tuning
+from pallas_kernels.matvec.mosaic_gpu import Stack
+from pallas_kernels.tiles import pad_to
+
+pytestmark = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the interpreter needs jax 0.11")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def interpreter():
+    """Three multiprocessors, so that each has several items."""
+    jax.clear_caches()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(persistent, "SMS", 3)
+        with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+            yield
+    jax.clear_caches()
+
+
+@pytest.fixture
+def races_found():
+    """Whether a race was found since the test began; no test may end without asking."""
+    from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpret
+
+    answers = []
+    yield lambda: answers.append(interpret.get_races().races_found) or answers[-1]
+    interpret.reset_gpu_interpret_mode_state()
+    assert answers
+
+
+def exact(a):
+    return np.asarray(a, np.float64)
+
+
+def made_of(stacks, columns):
+    return [
+        Stack(as_bfloat16(random(i, matrices, rows, columns)), np.array(chosen, np.int32))
+        for i, (matrices, chosen, rows) in enumerate(stacks)
+    ]
+
+
+# rows of x, columns, and (matrices, chosen ones, rows of a matrix) of each stack
+CASES = {
+    "one-matrix": (1, 128, [(1, [0], 64)]),
+    "one-block-in-all": (1, 64, [(1, [0], 16)]),
+    "a-matrix-twice": (1, 64, [(4, [3, 0, 3], 48)]),
+    "two-stacks": (1, 192, [(4, [3, 0], 72), (1, [0], 200)]),
+    "three-stacks": (1, 64, [(1, [0], 128), (1, [0], 16), (1, [0], 16)]),
+    "parts-of-blocks": (1, 192, [(2, [1, 0], 40), (1, [0], 88)]),
+    "several-rows": (5, 64, [(3, [2, 0, 1], 40)]),
+    "more-rows-than-eight": (20, 64, [(2, [1], 48)]),
+}
+
+
+@pytest.mark.parametrize("rows, columns, stacks", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "squares-times-factors"])
+def test_rows_dot(rows, columns, stacks, scaled, races_found):
+    x, made = as_bfloat16(random(0, rows, columns)), made_of(stacks, columns)
+    factors = random(9, sum(len(s.index) for s in made), rows)
+    more = (jnp.square, jnp.asarray(factors)) if scaled else ()
+    outs = jax.jit(lambda stacks, x: mosaic_gpu.rows_dot(stacks, x, jnp.float32, *more))(made, x)
+    for stack, y in zip(made, outs, strict=True):
+        expected = np.einsum("kfl,rl->krf", exact(stack.matrices)[stack.index], exact(x))
+        if scaled:
+            expected = expected**2 * exact(factors[: len(stack.index), :, None])
+            factors = factors[len(stack.index) :]
+        assert_close(y[:, :rows], expected, 1e-6)
+    assert not races_found()
+
+
+@pytest.mark.parametrize("parts", [1, 3], ids=["one-part", "three-parts"])
+@pytest.mark.parametrize("rows, columns, stacks", CASES.values(), ids=CASES)
+def test_columns_dot(rows, columns, stacks, parts, races_found, monkeypatch):
+    monkeypatch.setattr(tuning, "by_columns", lambda steps, width: tuning.Blocks(64, 64, 3, parts))
+    made = made_of(stacks, columns)
+    hidden = [as_bfloat16(random(7 + i, len(chosen), rows, n)) for i, (_, chosen, n) in enumerate(stacks)]
+    y = jax.jit(lambda stacks, hidden: mosaic_gpu.columns_dot(stacks, [pad_to(h, 1) for h in hidden]))(made, hidden)
+    terms = (np.einsum("krf,kfl->rl", exact(h), exact(s.matrices)[s.index]) for h, s in zip(hidden, made, strict=True))
+    assert_close(y[:rows], sum(terms), 1e-6)
+    assert not races_found()
+
+
+def test_dot_rows(races_found):
+    """As the model calls it: rows and results have the sizes that were asked for, and it has a gradient."""
+    x, weights = as_bfloat16(random(0, 3, 64)), [as_bfloat16(random(1, 24, 64)), as_bfloat16(random(2, 8, 64))]
+    run = jax.jit(lambda x, weights: dot_rows(x, weights, jnp.bfloat16, implementation="mosaic_gpu"))
+    for y, w in zip(run(x, weights), weights, strict=True):
+        assert y.dtype == jnp.bfloat16
+        assert_close(y, exact(x) @ exact(w).T, 4e-3)
+    loss = lambda x, w: jnp.square(dot_rows(x, [w], jnp.float32, implementation="mosaic_gpu")[0]).sum()
+    dx, dw = jax.jit(jax.grad(loss, argnums=(0, 1)))(x, weights[0])
+    y = exact(x) @ exact(weights[0]).T
+    assert_close(dx, 2 * y @ exact(weights[0]), 4e-3)
+    assert_close(dw, 2 * y.T @ exact(x), 4e-3)
+    assert not races_found()
+
+
+def test_the_interpreter_sees_a_missing_fence(monkeypatch, races_found):
+    """Without the fence between a result and the copy that takes it, the other tests fail."""
+    monkeypatch.setattr(plgpu, "commit_smem", lambda: None)
+    jax.block_until_ready(
+        dot_rows(
+            as_bfloat16(random(0, 1, 64)), [as_bfloat16(random(1, 64, 64))], jnp.float32, implementation="mosaic_gpu"
+        )
+    )
+    assert races_found()
