@@ -75,7 +75,7 @@ def init_cache(
       max_len: slots a row: the most tokens, pads included, that all calls together may bring.
       mesh: where to make it: each device gets its own slice. Slots are rounded up to divide over the sequence axis.
       state_dtype: of the Mamba-2 states between calls: `"float32"`, or `"float16"` or `"bfloat16"`, stochastically
-        rounded (`nemojax.rounding`). Each call still computes in float32.
+        rounded (`pallas_kernels.rounding`). Each call still computes in float32.
 
     Raises:
       InputError: `batch` or `max_len` is not positive, or `state_dtype` is another.

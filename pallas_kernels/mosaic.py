@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -30,6 +32,19 @@ def down(vector: Any, rows: int) -> Any:
 def across(vector: Any) -> Any:
     """One value a row, for all columns: [rows] -> [rows, 64]."""
     return plgpu.layout_cast(lax.broadcast_in_dim(vector, (*vector.shape, COLUMNS), [0]), ROW_LAYOUT)
+
+
+def softplus(a: Any) -> Any:
+    """log(1 + exp(a)) = max(a, 0) + log1p(e) with e = exp(-|a|), to a few units of the last place however small.
+
+    log1p(e) = 2 atanh(q) with q = e / (2 + e), at most 1/3: eight terms of q^n / n.
+    """
+    e = jnp.exp(-jnp.abs(a))
+    q = e / (2.0 + e)
+    series = 0.0
+    for n in range(15, 0, -2):
+        series = series * (q * q) + 1.0 / n
+    return jnp.maximum(a, 0.0) + 2.0 * q * series
 
 
 def launch(
@@ -63,3 +78,21 @@ def launch(
         compiler_params=plgpu.CompilerParams(approx_math=approximate, lowering_semantics=plgpu.LoweringSemantics.Lane),
         interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
     )
+
+
+def in_place(
+    body: Callable, name: str, grid: Mapping[str, int], threads: int, out_type: Any, scratch: Sequence[Any]
+) -> Callable:
+    """`launch` for a kernel that overwrites inputs: those of its arguments that are references (`jax.new_ref`).
+
+    Exponentials are not approximate.
+    """
+    mesh = plgpu.Mesh(
+        grid=tuple(grid.values()), grid_names=tuple(grid), num_threads=threads, thread_name="thread", kernel_name=name
+    )
+
+    def scoped(*refs: Any) -> None:
+        pl.run_scoped(lambda *more: body(*refs, *more), *scratch, collective_axes="thread")
+
+    parameters = plgpu.CompilerParams(approx_math=False, lowering_semantics=plgpu.LoweringSemantics.Lane)
+    return pl.kernel(scoped, out_type, mesh=mesh, name=name, compiler_params=parameters)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nemojax.rounding import round_stochastically
+from pallas_kernels.rounding import round_stochastically
 
 DTYPES = ["float16", "bfloat16"]
 

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from nemojax.config import Config
-from nemojax.rounding import round_stochastically
 from pallas_kernels.causal_conv1d import causal_conv1d
 from pallas_kernels.expert_mlp import expert_mlp, token_mlp
 from pallas_kernels.flash_attention import flash_attention
+from pallas_kernels.rounding import round_stochastically
 from pallas_kernels.ssd import ssd
 
 

@@ -15,14 +15,15 @@ from jaxtyping import Array, Float
 from nemojax import sequence
 from nemojax.cache import MambaState
 from nemojax.config import Config
-from nemojax.layers.norm import gated_rms_norm
+from nemojax.layers.norm import gated_rms_norm, scaled
 from nemojax.layers.project import project, project_back
 from nemojax.layers.shell import declare
-from nemojax.rounding import round_stochastically
 from nemojax.segments import ALONE, Segments
 from nemojax.sharding import WHOLE, Shard
 from nemojax.specs import mamba2_specs
 from pallas_kernels.causal_conv1d import causal_conv1d
+from pallas_kernels.mamba_step import mamba_step
+from pallas_kernels.rounding import round_stochastically
 from pallas_kernels.ssd import ssd, step_size
 
 _LOOP_FROM_TOKENS = 64
@@ -52,11 +53,43 @@ def mamba2(
     Returns:
       The output (unspecified at pads) and the state after the last token, in the dtypes of `state`.
     """
-    inner, state_size = config.mamba_heads_per_group * config.mamba_head_dim, config.ssm_state_size
-    carried = {"documents": segments.documents, "initial_document": segments.initial_document}
     with jax.named_scope("in_proj"):
         projected = project(x, params["in_proj"], implementation)
-        z, _, dt = jnp.split(projected, [inner, 2 * inner + 2 * state_size], axis=-1)
+    mix = _token if x.shape[1] == 1 and state is not None and not shard.tokens_split else _tokens
+    y, state = mix(params, projected, state, config, segments, implementation, shard)
+    with jax.named_scope("out_proj"):
+        y = project_back(y.astype(x.dtype), params["out_proj"], shard.part_dtype(x.dtype), implementation)
+    return shard.sum_parts(y, x.dtype), state
+
+
+def _token(params, projected, state, config, segments, implementation, shard):
+    """A single token: convolution, scan and gate are one operation."""
+    del shard
+    batch = projected.shape[0]
+    number = lambda a, default: jnp.full(batch, default, jnp.int32) if a is None else a.reshape(batch)
+    with jax.named_scope("step"):
+        gated, squares, *after = mamba_step(
+            projected[:, 0],
+            params["conv_weight"],
+            params.get("conv_bias"),
+            *(params[name] for name in ("A_log", "D", "dt_bias")),
+            *state,
+            dt_limit=config.time_step_limit,
+            documents=number(segments.documents, 1),
+            initial_document=number(segments.initial_document, 1),
+            place=number(segments.start, 0),
+            implementation=implementation,
+        )
+    with jax.named_scope("gated_norm"):
+        y = scaled(gated, squares[..., None], params["norm"], config.layer_norm_epsilon)
+    return y[:, None], MambaState(*after)
+
+
+def _tokens(params, projected, state, config, segments, implementation, shard):
+    """Any number of tokens."""
+    inner, state_size = config.mamba_heads_per_group * config.mamba_head_dim, config.ssm_state_size
+    z, _, dt = jnp.split(projected, [inner, 2 * inner + 2 * state_size], axis=-1)
+    carried = {"documents": segments.documents, "initial_document": segments.initial_document}
     with jax.named_scope("conv"):
         convolve = functools.partial(sequence.convolve, shard.sequence) if shard.tokens_split else causal_conv1d
         xBC, conv_state = convolve(
@@ -86,13 +119,10 @@ def mamba2(
         else:
             y, ssm_state = scan(before)
         if state is not None and state.ssm.dtype != jnp.float32:
-            place = jnp.zeros(x.shape[:1], jnp.int32) if segments.start is None else segments.start
+            place = jnp.zeros(y.shape[:1], jnp.int32) if segments.start is None else segments.start
             ssm_state = round_stochastically(ssm_state, place, state.ssm.dtype)
     with jax.named_scope("gated_norm"):
-        y = gated_rms_norm(y, z, params["norm"], config.layer_norm_epsilon)
-    with jax.named_scope("out_proj"):
-        y = project_back(y, params["out_proj"], shard.part_dtype(x.dtype), implementation)
-    return shard.sum_parts(y, x.dtype), MambaState(conv_state, ssm_state)
+        return gated_rms_norm(y, z, params["norm"], config.layer_norm_epsilon), MambaState(conv_state, ssm_state)
 
 
 def _no_state(dt, config):

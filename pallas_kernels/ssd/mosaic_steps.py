@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mosaic import COLUMNS, EACH_COLUMN, EACH_ROW, ROW_LAYOUT, across, down, launch, read
+from pallas_kernels.mosaic import COLUMNS, EACH_COLUMN, EACH_ROW, ROW_LAYOUT, across, down, launch, read, softplus
 from pallas_kernels.ssd import mosaic_parts as parts
 from pallas_kernels.ssd import xla
 from pallas_kernels.ssd.mosaic_parts import COARSE, FINE, STEP
@@ -78,7 +78,7 @@ def steps(dt, A, dt_bias, dt_limit, documents, initial_document, interpret) -> p
         rate, bias = (down(read(a.at[heads], EACH_COLUMN), CHUNK) for a in (A, dt_bias))
         plgpu.barrier_wait(s.loaded)
         raw = read(s.dt).astype(jnp.float32)
-        step = jnp.where(kind == _NOTHING, 0.0, jnp.clip(_softplus(raw + bias), *dt_limit))
+        step = jnp.where(kind == _NOTHING, 0.0, jnp.clip(softplus(raw + bias), *dt_limit))
         log_decay = _log_decays(step, rate, kind == _FIRST)
         coarse = jnp.round(log_decay * 64.0) * (1 / 64)
         _sum_up(s.coarse, coarse)
@@ -115,19 +115,6 @@ def _kinds(batch, length, documents, initial_document):
         return jnp.full((batch, length), _TOKEN, jnp.int32)
     is_first = parts.begins(documents, initial_document)
     return jnp.where(documents > 0, jnp.where(is_first, _FIRST, _TOKEN), _NOTHING)
-
-
-def _softplus(a):
-    """log(1 + exp(a)) = max(a, 0) + log1p(e) with e = exp(-|a|), to a few units of the last place however small.
-
-    log1p(e) = 2 atanh(q) with q = e / (2 + e), at most 1/3: eight terms of q^n / n.
-    """
-    e = jnp.exp(-jnp.abs(a))
-    q = e / (2.0 + e)
-    series = 0.0
-    for n in range(15, 0, -2):
-        series = series * (q * q) + 1.0 / n
-    return jnp.maximum(a, 0.0) + 2.0 * q * series
 
 
 def _sum_up(ref, value):

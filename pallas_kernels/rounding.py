@@ -31,6 +31,16 @@ def round_stochastically(
       place: a number of each row that is another at every step.
       dtype: a 16-bit float.
     """
+    return neighbour(x, place.reshape(place.shape + (1,) * (x.ndim - 1)), dtype)
+
+
+@round_stochastically.defjvp
+def _straight_through(dtype, primals, tangents):
+    return round_stochastically(*primals, dtype), tangents[0].astype(dtype)
+
+
+def neighbour(x: Array, place: Array, dtype: jax.typing.DTypeLike) -> Array:
+    """The same for any shape of `place` that fits that of `x`, without a gradient: kernels call it too."""
     info = jnp.finfo(dtype)
     bits = _as(jnp.uint32, x)
     power = _as(jnp.float32, bits & jnp.uint32(0x7F800000))  # at most |x|
@@ -39,15 +49,10 @@ def round_stochastically(
     )
     # The inverse by its exponent: a GPU's division of float32 is not exact.
     units = x * _as(jnp.float32, jnp.uint32(254 << 23) - _as(jnp.uint32, unit))
-    whole = jnp.floor(units)
-    place = place.reshape(place.shape + (1,) * (x.ndim - 1)).astype(jnp.uint32)
-    up = units - whole > _uniform(bits ^ (place * jnp.uint32(0x9E3779B9)))
-    return jnp.clip((whole + up) * unit, float(info.min), float(info.max)).astype(dtype)
-
-
-@round_stochastically.defjvp
-def _straight_through(dtype, primals, tangents):
-    return round_stochastically(*primals, dtype), tangents[0].astype(dtype)
+    whole = jnp.round(units)
+    whole = whole - jnp.where(whole > units, 1.0, 0.0)  # Mosaic has no floor
+    up = units - whole > _uniform(bits ^ (place.astype(jnp.uint32) * jnp.uint32(0x9E3779B9)))
+    return jnp.clip((whole + jnp.where(up, 1.0, 0.0)) * unit, float(info.min), float(info.max)).astype(dtype)
 
 
 def _as(dtype, a):

@@ -1,0 +1,83 @@
+"""One token of a Mamba-2 layer: everything between its two projections, on states that earlier tokens left."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.causal_conv1d import xla as conv
+from pallas_kernels.choice import choose, on_hopper, with_gradient_of
+from pallas_kernels.mamba_step import mosaic_gpu, reference, xla
+
+IMPLEMENTATIONS = {"xla": xla.mamba_step, "mosaic_gpu": mosaic_gpu.mamba_step, "reference": reference.mamba_step}
+
+
+def mamba_step(
+    projected: Float[Array, "B G X"],
+    conv_weight: Float[Array, "G C W"],
+    conv_bias: Float[Array, "G C"] | None,
+    A_log: Float[Array, "G H"],
+    D: Float[Array, "G H"],
+    dt_bias: Float[Array, "G H"],
+    conv_state: Float[Array, "B W-1 G C"],
+    ssm_state: Float[Array, "B G H P N"],
+    *,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    documents: Int[Array, "B"],
+    initial_document: Int[Array, "B"],
+    place: Int[Array, "B"],
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B G I"], Float[Array, "B G"], Float[Array, "B W-1 G C"], Float[Array, "B G H P N"]]:
+    """`causal_conv1d`, `ssd` and the gate for a single token (arXiv 2405.21060, section 7), I = H P channels a group.
+
+    Args:
+      projected: what the input projection gives each group: gate z [I], then the inputs of the convolution x [I], B [N]
+        and C [N], then dt [H].
+      conv_weight, conv_bias: see `causal_conv1d`.
+      A_log: logarithm of the rates of decay. D, dt_bias, dt_limit: see `ssd`.
+      conv_state: the last W-1 inputs of the convolution, oldest first.
+      ssm_state: the state, float32 or a 16-bit float, to which the next one is stochastically rounded
+        (`pallas_kernels.rounding`).
+      documents: of the tokens, 0 for a pad, which leaves the state as it is. initial_document: of the states.
+      place: a number of each row that is another at every step, for the rounding.
+      implementation: `"mosaic_gpu"` (Hopper), `"xla"`, `"reference"`, or None for the default
+        (`pallas_kernels.choice`).
+
+    Returns:
+      `y * silu(z)` float32, the sum of its squares over a group, float32 (both unspecified at pads), and the next
+      `conv_state` and `ssm_state`.
+
+    Raises:
+      ValueError: shapes that do not belong together, or inputs that the named implementation does not support.
+    """
+    batch, groups, heads, width, size = ssm_state.shape
+    channels, taps = heads * width + 2 * size, conv_weight.shape[-1]
+    expected = {
+        "projected": (projected, (batch, groups, channels + heads * width + heads)),
+        "conv_state": (conv_state, (batch, taps - 1, groups, channels)),
+        "conv_weight": (conv_weight, (groups, channels, taps)),
+    }
+    for name, (array, shape) in expected.items():
+        if array.shape != shape:
+            raise ValueError(
+                f"mamba_step: {name} {array.shape} does not fit ssm_state {ssm_state.shape}, expected {shape}"
+            )
+    arrays = (projected, conv_state, ssm_state, conv_weight, conv_bias, A_log, D, dt_bias)
+    rows = (documents, initial_document, place)
+    reason = mosaic_gpu.supports(projected, ssm_state)
+    run = choose("mamba_step", IMPLEMENTATIONS, implementation, {"mosaic_gpu": reason})
+    if implementation is None and on_hopper("mamba_step", reason):
+        run = _by_platform
+    gated, squares, after = run(*arrays, dt_limit, rows)
+    one = (projected[:, None], conv_weight, conv_state, documents[:, None], initial_document, heads * width)
+    return gated, squares, conv.inputs_after(*one), after
+
+
+def _by_platform(*arguments):
+    """The kernel where the program is compiled for CUDA; the platform is not known before."""
+    *arrays, dt_limit, rows = arguments
+    on = lambda run: lambda *a: run(*a[:8], dt_limit, a[8:])
+    fast = lambda *a: jax.lax.platform_dependent(*a, cuda=on(mosaic_gpu.mamba_step), default=on(xla.mamba_step))
+    return with_gradient_of(on(xla.mamba_step), fast)(*arrays, *rows)
