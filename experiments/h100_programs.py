@@ -23,6 +23,8 @@ from nemojax.specs import abstract_params, layer_name
 from pallas_kernels.causal_conv1d import causal_conv1d
 from pallas_kernels.expert_mlp import expert_mlp, token_mlp
 from pallas_kernels.flash_attention import flash_attention
+from pallas_kernels.mamba_step import mamba_step
+from pallas_kernels.matvec import dot_rows
 from pallas_kernels.ssd import ssd
 
 
@@ -82,6 +84,25 @@ def convolution(config: Config, tokens: int, batch: int = 1) -> Program:
     run = lambda *inputs, **more: causal_conv1d(*inputs[:-1], initial=inputs[-1], **options, **more)
     weights = (_bf16(groups, channels, config.conv_kernel), _bf16(groups, channels))
     return Program(run, (_bf16(batch, tokens, groups, width), *weights, before))
+
+
+def token(config: Config, batch: int, state_dtype: str = "float32") -> Program:
+    """A token of a Mamba-2 layer between its projections, overwriting the states."""
+    groups, heads, keys, taps = config.n_groups, config.mamba_heads_per_group, config.ssm_state_size, config.conv_kernel
+    inner = heads * config.mamba_head_dim
+    channels, vector, row = inner + 2 * keys, _f32(groups, heads), _i32(batch)
+    state = jax.ShapeDtypeStruct((batch, groups, heads, config.mamba_head_dim, keys), state_dtype)
+    weights = (_bf16(groups, channels, taps), _bf16(groups, channels), vector, vector, vector)
+    states = (_bf16(batch, taps - 1, groups, channels), state)
+    run = lambda *a: mamba_step(*a[:8], documents=a[8], initial_document=a[9], place=a[10])
+    arrays = (_bf16(batch, groups, channels + inner + heads), *weights, *states, row, row, row)
+    return Program(run, arrays, donate=(6, 7))
+
+
+def projections(rows: int, inputs: int, *outputs: int) -> Program:
+    """Products of a few rows with the weights of one or more projections."""
+    run = lambda x, *weights: dot_rows(x, weights, jnp.bfloat16)
+    return Program(run, (_bf16(rows, inputs), *(_bf16(n, inputs) for n in outputs)))
 
 
 def attention(config: Config, queries: int, slots: int, batch: int = 1) -> Program:

@@ -105,6 +105,20 @@ def test_dot_rows(races_found):
     assert not races_found()
 
 
+REFUSED = {
+    "float32": (jnp.zeros((1, 64)), jnp.zeros((8, 64)), "x is float32"),
+    "columns": (jnp.zeros((1, 200), jnp.bfloat16), jnp.zeros((8, 200), jnp.bfloat16), "columns of 64"),
+    "rows-of-the-matrix": (jnp.zeros((1, 64), jnp.bfloat16), jnp.zeros((12, 64), jnp.bfloat16), "multiples of 8"),
+    "too-many-rows": (jnp.zeros((65, 64), jnp.bfloat16), jnp.zeros((8, 64), jnp.bfloat16), "65 rows, not 1 to 64"),
+}
+
+
+@pytest.mark.parametrize("x, weight, message", REFUSED.values(), ids=REFUSED)
+def test_what_the_kernels_refuse(x, weight, message):
+    with pytest.raises(ValueError, match=message):
+        dot_rows(x, [weight], jnp.float32, implementation="mosaic_gpu")
+
+
 def test_the_interpreter_sees_a_missing_fence(monkeypatch, races_found):
     """Without the fence between a result and the copy that takes it, the other tests fail."""
     monkeypatch.setattr(plgpu, "commit_smem", lambda: None)
