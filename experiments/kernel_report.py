@@ -48,6 +48,13 @@ def operations() -> dict[str, Case]:
     for name, config, gradient in (("Nano", NANO, 7), ("Ultra", ULTRA, 0)):
         scan = Case(programs.scan(config, TOKENS), rooflines.scan_work(config, TOKENS), gradient)
         cases[f"scan, {name}, 8,192 tokens"] = scan
+    step = f"token of a Mamba-2 layer, Nano, {NANO.mamba_num_heads * 16:,} heads"
+    for name, dtype in ((step, "float32"), (f"{step}, float16", "float16")):
+        cases[name] = Case(programs.token(NANO, 16, dtype), rooflines.token_work(NANO, 16, dtype))
+    projected = 2 * NANO.mamba_inner + 2 * NANO.n_groups * NANO.ssm_state_size + NANO.mamba_num_heads
+    sizes = (NANO.hidden_size, projected)
+    work = rooflines.row_work(*sizes)
+    cases["one row with a projection into a Mamba-2 layer, Nano"] = Case(programs.projections(1, *sizes), work)
     work = rooflines.convolution_work(NANO, TOKENS)
     gradient = Work(2.5 * work.flops, 1.5 * work.nbytes)  # x and dy in, dx out: y is not read
     cases["convolution, Nano, 8,192 tokens"] = Case(programs.convolution(NANO, TOKENS), work, 4, gradient)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
+
 from nemojax.config import Config
 from nemojax.gpu_targets import gpu
 from nemojax.specs import flatten, model_specs
@@ -90,6 +92,17 @@ def scan_work(config: Config, tokens: int) -> Work:
     flops = _CHUNK * (keys + inner) + 4 * inner * config.ssm_state_size  # half a chunk, twice; the state
     row = 2 * (2 * inner + 2 * keys + config.mamba_num_heads)
     return Work(tokens * flops, tokens * row + 2 * 4 * inner * config.ssm_state_size)
+
+
+def token_work(config: Config, rows: int, state_dtype: str) -> Work:
+    """A token of one Mamba-2 layer between its projections: the state in and out."""
+    size = rows * config.mamba_inner * config.ssm_state_size
+    return Work(6 * size, 2 * np.dtype(state_dtype).itemsize * size)
+
+
+def row_work(inputs: int, outputs: int) -> Work:
+    """One row with a matrix of bfloat16."""
+    return Work(2 * inputs * outputs, 2 * inputs * outputs)
 
 
 def convolution_work(config: Config, tokens: int) -> Work:

@@ -13,7 +13,8 @@ from nemojax.config import Config
 from pallas_kernels.causal_conv1d import causal_conv1d
 from pallas_kernels.expert_mlp import expert_mlp, token_mlp
 from pallas_kernels.flash_attention import flash_attention
-from pallas_kernels.rounding import round_stochastically
+from pallas_kernels.mamba_step import mamba_step
+from pallas_kernels.matvec import dot_rows
 from pallas_kernels.ssd import ssd
 
 
@@ -110,29 +111,49 @@ def ssd_case(config: Config, batch: int, tokens: int, *, packed: bool = False, g
     return Case(name, arrays, 8 if packed else 7, run, FAST, work, 3.0 if gradient else None)
 
 
-def ssd_step_case(config: Config, batch: int, state_dtype: str = "float32") -> Case:
-    """One token: the state is read and written, in 16 bits stochastically rounded."""
-    one = ssd_case(config, batch, 1)
-    groups, heads, width, state = (
-        config.n_groups,
-        config.mamba_heads_per_group,
-        config.mamba_head_dim,
-        config.ssm_state_size,
-    )
+def step_case(config: Config, batch: int, state_dtype: str = "float32") -> Case:
+    """A token of a Mamba-2 layer between its projections: the state is read and written.
+
+    Here its inputs are needed again, so the kernel, which overwrites the state, works on a copy: of what it takes, the
+    kernel's own line in the breakdown counts.
+    """
+    groups, heads, taps = config.n_groups, config.mamba_heads_per_group, config.conv_kernel
+    keys, inner = config.ssm_state_size, config.mamba_heads_per_group * config.mamba_head_dim
+    channels = inner + 2 * keys
+    shapes = [(batch, groups, channels + inner + heads), (groups, channels, taps), (groups, channels)]
+    history, state = (batch, taps - 1, groups, channels), (batch, groups, heads, config.mamba_head_dim, keys)
 
     def arrays(key):
-        before = _normal(key, batch, groups, heads, width, state, dtype=state_dtype)
-        return (*one.arrays(key), before)
+        k = jax.random.split(key, 8)
+        inputs = [_normal(key, *shape) for key, shape in zip(k, shapes, strict=False)]
+        vectors = [_normal(k[i], groups, heads, dtype=jnp.float32) for i in (3, 4, 5)]
+        return (*inputs, *vectors, _normal(k[6], *history), _normal(k[7], *state, dtype=state_dtype))
 
     def run(implementation, *arrays):
-        *inputs, before = arrays
-        y, after = ssd(*inputs, initial_state=before.astype(jnp.float32), implementation=implementation)
-        return y, after if state_dtype == "float32" else round_stochastically(after, jnp.arange(batch), state_dtype)
+        ones = jnp.ones(batch, jnp.int32)
+        numbers = {"documents": ones, "initial_document": ones, "place": jnp.arange(batch)}
+        gated, _, history, state = mamba_step(*arrays, **numbers, implementation=implementation)
+        return gated, history, state
 
-    nbytes = 2 * jnp.dtype(state_dtype).itemsize * batch * config.mamba_inner * state
-    work = Work(nbytes + one.work.nbytes, one.work.flops)
-    name = f"ssd step, {batch * groups * heads:,} heads" + (f", {state_dtype}" if state_dtype != "float32" else "")
-    return Case(name, arrays, 7, run, ("xla",), work)
+    size = batch * config.mamba_inner * keys
+    nbytes = 2 * jnp.dtype(state_dtype).itemsize * size + 2 * batch * (
+        shapes[0][1] * shapes[0][2] + 2 * config.mamba_inner
+    )
+    name = f"step, {batch * groups * heads:,} heads" + (f", {state_dtype}" if state_dtype != "float32" else "")
+    return Case(name, arrays, 8, run, FAST, Work(nbytes, 6 * size))
+
+
+def projection_case(inputs: int, *outputs: int) -> Case:
+    """One row with the weights of one or more projections."""
+
+    def arrays(key):
+        x, *weights = jax.random.split(key, 1 + len(outputs))
+        return (_normal(x, 1, inputs), *(_normal(k, n, inputs) for k, n in zip(weights, outputs, strict=True)))
+
+    run = lambda implementation, x, *weights: tuple(dot_rows(x, weights, x.dtype, implementation=implementation))
+    size = inputs * sum(outputs)
+    name = f"one row of {inputs:,} to {' and '.join(f'{n:,}' for n in outputs)}"
+    return Case(name, arrays, 1 + len(outputs), run, FAST, Work(2 * size, 2 * size))
 
 
 def attention_case(
@@ -179,27 +200,28 @@ def experts_case(config: Config, tokens: int, *, gradient: bool = False) -> Case
     return Case(name, arrays, 4, run, FAST, work, 3.0 if gradient else None)
 
 
-def token_experts_case(config: Config, tokens: int) -> Case:
-    """A few tokens, nothing sorted."""
+def token_experts_case(config: Config, tokens: int, *, shared: bool = False) -> Case:
+    """A few tokens, nothing sorted; with `shared`, the expert that every token takes too."""
     ids = _routing(config, tokens)
-    width, features = config.moe_intermediate_size, config.expert_width
+    width, features, more = (
+        config.moe_intermediate_size,
+        config.expert_width,
+        config.moe_shared_expert_intermediate_size,
+    )
 
     def arrays(key):
         x, up, down, weights = _expert_arrays(config, key, tokens)
-        return x, up, down, jnp.tile(weights[:, None], (1, ids.shape[1]))
+        always = [_normal(jax.random.fold_in(key, i), more, features, scale=features**-0.5) for i in range(2 * shared)]
+        return (x, up, down, jnp.tile(weights[:, None], (1, ids.shape[1])), *always)
 
-    def run(implementation, x, up, down, weights):
-        return (token_mlp(x, up, down, jnp.asarray(ids, jnp.int32), weights, implementation=implementation),)
+    def run(implementation, x, up, down, weights, *always):
+        chosen = (jnp.asarray(ids, jnp.int32), weights)
+        return (token_mlp(x, up, down, *chosen, always or None, implementation=implementation),)
 
-    nbytes = 2 * 2 * len(np.unique(ids)) * width * features
-    return Case(
-        f"experts of {tokens} token{'s' * (tokens > 1)}, unsorted",
-        arrays,
-        4,
-        run,
-        FAST,
-        Work(nbytes, 4 * ids.size * width * features),
-    )
+    nbytes = 2 * 2 * features * (len(np.unique(ids)) * width + shared * more)
+    flops = 4 * features * (ids.size * width + shared * tokens * more)
+    name = f"experts of {tokens} token{'s' * (tokens > 1)}, unsorted" + (", and the shared one" if shared else "")
+    return Case(name, arrays, 4, run, FAST, Work(nbytes, flops))
 
 
 def _expert_arrays(config: Config, key: jax.Array, rows: int) -> tuple:

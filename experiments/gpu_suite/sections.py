@@ -85,6 +85,9 @@ def operation_cases(
                 ssd(nano, 2, few - 37, packed=True),
                 ssd(nano, 2, few - 37, packed=True, gradient=True),
                 *(ssd(c, 1, few, packed=True, gradient=g) for c in wide for g in (False, True)),
+                cases.step_case(nano, 5),
+                cases.step_case(nano, 5, "float16"),
+                *(cases.step_case(c, 5) for c in wide),
                 cases.conv_case(nano, 2, few),
                 cases.conv_case(nano, 2, few - 37, packed=True),
                 cases.conv_case(nano, 2, few - 37, packed=True, gradient=True),
@@ -92,8 +95,8 @@ def operation_cases(
             [
                 ssd(nano, 1, tokens),
                 ssd(nano, 1, tokens, gradient=True),
-                cases.ssd_step_case(nano, 16),
-                cases.ssd_step_case(nano, 16, "float16"),
+                cases.step_case(nano, 16),
+                cases.step_case(nano, 16, "float16"),
                 cases.conv_case(nano, 1, tokens),
                 cases.conv_case(nano, 1, tokens, gradient=True),
             ],
@@ -118,7 +121,10 @@ def operation_cases(
                 experts(nano, few),
                 experts(nano, few, gradient=True),
                 experts(nano, 7),
-                cases.token_experts_case(nano, 1),
+                cases.token_experts_case(nano, 1, shared=True),
+                cases.token_experts_case(nano, 4),
+                cases.projection_case(*_projection(nano)),
+                cases.projection_case(*_attention_projections(nano)),
                 *(experts(c, 64) for c in latent),
             ],
             [
@@ -126,8 +132,25 @@ def operation_cases(
                 experts(nano, tokens, gradient=True),
                 experts(nano, 64),
                 cases.token_experts_case(nano, 1),
+                cases.token_experts_case(nano, 1, shared=True),
                 cases.token_experts_case(nano, 4),
+                cases.projection_case(*_projection(nano)),
+                cases.projection_case(nano.mamba_inner, nano.hidden_size),
+                cases.projection_case(*_attention_projections(nano)),
+                cases.projection_case(nano.hidden_size, nano.vocab_size),
                 *(experts(c, 64) for c in latent),
             ],
         ),
     }
+
+
+def _projection(config: Config) -> tuple[int, int]:
+    """Sizes of the projection into a Mamba-2 layer."""
+    gates = 2 * config.mamba_inner + config.mamba_num_heads
+    return config.hidden_size, gates + 2 * config.n_groups * config.ssm_state_size
+
+
+def _attention_projections(config: Config) -> tuple[int, int, int, int]:
+    """Sizes of the projections to queries, keys and values."""
+    keys = config.num_key_value_heads * config.head_dim
+    return config.hidden_size, config.num_attention_heads * config.head_dim, keys, keys

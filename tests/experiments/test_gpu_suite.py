@@ -41,8 +41,10 @@ def run(*arguments, **environment):
         (cases.experts_case(NANO, 8192), 991),
         (cases.experts_case(NANO, 64), 712),
         (cases.token_experts_case(NANO, 1), 36),
-        (cases.ssd_step_case(NANO, 16), 20),
-        (cases.ssd_step_case(NANO, 16, "float16"), 10),
+        (cases.token_experts_case(NANO, 1, shared=True), 48),
+        (cases.projection_case(2688, 4096, 256, 256), 7.4),
+        (cases.step_case(NANO, 16), 20),
+        (cases.step_case(NANO, 16, "float16"), 10),
         (cases.conv_case(NANO, 1, 8192), 60),
         (cases.conv_case(NANO, 1, 8192, gradient=True), 90),
     ],
@@ -193,7 +195,7 @@ def test_the_whole_model():
     assert all("seconds" in row and row["floor_seconds"] > 0 for row in rows[1:])
 
 
-@pytest.mark.parametrize("section", ["ssd", "attention"])
+@pytest.mark.parametrize("section", ["ssd", "attention", "experts"])
 def test_operations_agree_with_float32(section, pool):
     for tiny in sections.operation_cases({"nano": sections.TINY}, 256, 512)[section][0]:
         (row,) = operations.check(tiny._replace(implementations=("xla",)), pool)
