@@ -155,13 +155,18 @@ def launch(
     blocks: Blocks,
     tiles: tuple[tuple[int, int], tuple[int, int]],
     scratch: Sequence[Any],
+    *,
+    exact_layouts: bool = False,
 ) -> Any:
     """Runs `body(*operands, *out, ring, *scratch)` on every multiprocessor.
 
     Args:
       out: shape and dtype of the result, or a tuple of such.
       tiles: shapes of both tiles of a stage, in the dtype of the last operand.
+      exact_layouts: shared memory is laid out as it is declared; else the compiler may tile what is not.
     """
+    semantics = plgpu.LoweringSemantics.Lane if exact_layouts else plgpu.LoweringSemantics.Warpgroup
+    parameters = plgpu.CompilerParams(lowering_semantics=semantics)
     results = len(out) if isinstance(out, tuple) else 1
 
     def unpacked(*refs):
@@ -177,6 +182,7 @@ def launch(
         num_threads=blocks.consumers + 1,
         thread_name="thread",
         kernel_name=body.__name__,
+        compiler_params=parameters,
         scratch_types=[
             *(swizzled(dtype, stages, *shape) for shape in tiles),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),

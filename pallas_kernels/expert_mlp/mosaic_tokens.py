@@ -14,6 +14,7 @@ from pallas_kernels.expert_mlp import xla
 from pallas_kernels.matvec import mosaic_gpu as matvec
 from pallas_kernels.matvec.mosaic_gpu import Stack
 from pallas_kernels.persistent import DEPTH
+from pallas_kernels.tiles import pad_to
 
 
 def supports(x: jax.Array, *weights: jax.Array) -> str | None:
@@ -26,8 +27,8 @@ def supports(x: jax.Array, *weights: jax.Array) -> str | None:
 def _forward(x, up, down, ids, weights, shared=None):
     """See `api.token_mlp`."""
     rows, chosen = ids.shape
-    pairs = ids.reshape(-1)
-    own = jnp.arange(pairs.size)[:, None] // chosen == jnp.arange(rows)
+    pairs, x = ids.reshape(-1), pad_to(x, 0)
+    own = jnp.arange(pairs.size)[:, None] // chosen == jnp.arange(x.shape[0])
     factors = jnp.where(own, weights.reshape(-1, 1), 0.0)
     ups, downs = [Stack(up, pairs)], [Stack(down, pairs)]
     if shared is not None:

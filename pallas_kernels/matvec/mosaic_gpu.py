@@ -115,12 +115,12 @@ def rows_dot(
     activation: Callable = lambda sums: sums,
     factors: jax.Array | None = None,
 ) -> list[jax.Array]:
-    """See above: x [R, L]; one result [K, R, F] in `dtype` for each stack, R filled up to a multiple of 8.
+    """See above: x [R, L]; one result [K, R, F] in `dtype` for each stack.
 
     factors: float32 [K, R], of all stacks one after the other; None for ones.
     """
-    x = pad_to(x, 0)
-    rows, count = x.shape[0], len(stacks)
+    wanted, count, x = x.shape[0], len(stacks), pad_to(x, 0)
+    rows = x.shape[0]
     blocks = tuning.by_rows([(s.index.shape[0], s.matrices.shape[1]) for s in stacks])
     places = _Places.of(stacks, blocks.columns)
     steps = pl.cdiv(x.shape[1], blocks.depth)
@@ -151,16 +151,16 @@ def rows_dot(
                 number = item.pair + sum(jnp.where(item.which == i, n, 0) for i, n in enumerate(before[:-1]))
                 own = plgpu.load(f.at[number], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
                 y = y * lax.broadcast_in_dim(own, y.shape, (0,))
-            place = lambda out: out.at[item.pair, :, cut(item.column, blocks.columns)]
             _put(y, slot)
-            _of(item.which, [lambda o=o: _send(slot, place(o)) for o in outs])
+            _of(item.which, [lambda o=o: _send_rows(slot, o.at[item.pair], item.column * blocks.columns) for o in outs])
 
         persistent.run(ring, places.total, item_at, load, product, finish, blocks)
 
-    out = tuple(jax.ShapeDtypeStruct((s.index.shape[0], rows, s.matrices.shape[1]), dtype) for s in stacks)
+    out = tuple(jax.ShapeDtypeStruct((s.index.shape[0], wanted, s.matrices.shape[1]), dtype) for s in stacks)
     operands = (*(s.index for s in stacks), *given, *(s.matrices for s in stacks), x)
     stage = (MATRIX_ROWS, blocks.depth), (blocks.columns, blocks.depth)
-    return list(persistent.launch(matvec_rows, operands, out, blocks, stage, [_slot(blocks, dtype)]))
+    results = persistent.launch(matvec_rows, operands, out, blocks, stage, [_slot(blocks, dtype)], exact_layouts=True)
+    return list(results)
 
 
 def columns_dot(stacks: Sequence[Stack], hidden: Sequence[jax.Array]) -> jax.Array:
@@ -203,7 +203,9 @@ def columns_dot(stacks: Sequence[Stack], hidden: Sequence[jax.Array]) -> jax.Arr
     out = jax.ShapeDtypeStruct((blocks.parts, rows, width), jnp.float32)
     operands = (*(s.index for s in stacks), *(s.matrices for s in stacks), *hidden)
     stage = (MATRIX_ROWS, DEPTH), (DEPTH, blocks.columns)
-    return persistent.launch(matvec_columns, operands, out, blocks, stage, [_slot(blocks, jnp.float32)]).sum(axis=0)
+    slot = _slot(blocks, jnp.float32)
+    parts = persistent.launch(matvec_columns, operands, out, blocks, stage, [slot], exact_layouts=True)
+    return parts.sum(axis=0)
 
 
 def _slot(blocks, dtype):
@@ -217,8 +219,27 @@ def _put(y, slot):
     plgpu.commit_smem()
 
 
+def _send_rows(slot, memory, first):
+    """Stores each row that `memory` [rows, columns] has, from its column `first` on; the last block may be narrower.
+
+    Row by row: TMA would want all eight rows of a tile, and a row that is the whole array does not end for it.
+    """
+    rows, columns = memory.shape
+    width, rest = slot.shape[1], columns % slot.shape[1]
+
+    def send(size):
+        for row in range(rows):
+            part = memory.at[row, pl.ds(pl.multiple_of(first, _ALIGN), size)]
+            plgpu.copy_smem_to_gmem(slot.at[row, pl.ds(0, size)], part)
+
+    if columns >= width:
+        pl.when(first + width <= columns)(lambda: send(width))
+    if rest:
+        pl.when(first + width > columns)(lambda: send(rest))
+
+
 def _send(slot, memory):
-    """Stores the first rows of the slot, as many as `memory` has. TMA drops what lies beyond the last column."""
+    """Stores the first rows of the slot, as many as `memory` has."""
     plgpu.copy_smem_to_gmem(slot.at[pl.ds(0, memory.shape[0])], memory)
 
 
@@ -227,7 +248,7 @@ def dot_rows(x, weights, dtype):
 
     def run(x, weights):
         stacks = [Stack(w[None], jnp.zeros(1, jnp.int32)) for w in weights]
-        return tuple(y[0, : x.shape[0]] for y in rows_dot(stacks, x, dtype))
+        return tuple(y[0] for y in rows_dot(stacks, x, dtype))
 
     plain = lambda x, weights: tuple(xla.dot_rows(x, weights, dtype))
     return list(with_gradient_of(plain, run)(x, tuple(weights)))

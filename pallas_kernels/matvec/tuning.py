@@ -45,9 +45,7 @@ def by_rows(counts: Sequence[tuple[int, int]]) -> Blocks:
         items = sum(matrices * -(-rows // columns) for matrices, rows in counts)
         return -(-items // persistent.SMS) * (columns + _OVERHEAD), -columns
 
-    # The compiler cuts a result into tiles as wide as the largest power of two in `columns`, and takes whole ones only.
-    fits = lambda columns: all(rows % (columns & -columns) == 0 for _, rows in counts)
-    columns = min(filter(fits, range(16, _WIDEST + 1, 8)), key=cost)
+    columns = min(range(16, _WIDEST + 1, 8), key=cost)
     return _with_stages(columns, DEPTH * -(-_COPY // (2 * DEPTH * columns)), 1)
 
 
