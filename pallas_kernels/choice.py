@@ -19,6 +19,7 @@ def choose(
     implementations: Mapping[str, Callable],
     name: str | None,
     refusals: Mapping[str, str | None] | None = None,
+    best: Callable | None = None,
 ) -> Callable:
     """The implementation called `name`, or the default when `name` is None.
 
@@ -27,12 +28,13 @@ def choose(
     Args:
       operation: for messages. implementations: by name.
       refusals: of some implementations, why they cannot run with the arguments at hand, or None where they can.
+      best: the default where the program is for a Hopper GPU and its kernels, `"mosaic_gpu"`, can run.
 
     Raises:
       ValueError: no implementation has that name (the message lists those that exist), or it cannot run.
     """
     if name is None:
-        return implementations[DEFAULT]
+        return best if best and on_hopper(operation, refusals["mosaic_gpu"]) else implementations[DEFAULT]
     if name not in implementations:
         known = ", ".join(implementations)
         raise ValueError(f"{operation}: implementation {name!r} does not exist; known: {known}")
@@ -54,8 +56,17 @@ def on_hopper(operation: str, refusal: str | None) -> bool:
     return reason is None
 
 
+def by_platform(fast: Callable, default: Callable, plain: Callable | None = None) -> Callable:
+    """`fast` where the program is compiled for CUDA, which is not known before, and elsewhere `default`.
+
+    plain: what both are differentiated as; `default` if None.
+    """
+    run = lambda *arguments: jax.lax.platform_dependent(*arguments, cuda=fast, default=default)
+    return with_gradient_of(plain or default, run)
+
+
 def with_gradient_of(plain: Callable, fast: Callable) -> Callable:
-    """`fast`, differentiated as `plain`: the transpose of many slices would be as many arrays of the stack's size."""
+    """`fast`, differentiated as `plain`: it has no gradient of its own, or one that costs more memory."""
     call = jax.custom_vjp(fast)
     call.defvjp(lambda *args: (fast(*args), args), lambda args, dy: jax.vjp(plain, *args)[1](dy))
     return call

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.choice import choose, on_hopper, with_gradient_of
+from pallas_kernels.choice import by_platform, choose, on_hopper
 from pallas_kernels.expert_mlp import mosaic_gpu, mosaic_tokens, reference, xla
 
 IMPLEMENTATIONS = {"xla": xla.expert_mlp, "mosaic_gpu": mosaic_gpu.expert_mlp, "reference": reference.expert_mlp}
@@ -24,10 +24,7 @@ _best.defvjp(
 )
 
 
-_best_for_tokens = with_gradient_of(
-    xla.gathered,
-    lambda *arguments: jax.lax.platform_dependent(*arguments, cuda=mosaic_tokens.token_mlp, default=xla.token_mlp),
-)
+_best_for_tokens = by_platform(mosaic_tokens.token_mlp, xla.token_mlp, xla.gathered)
 
 
 def takes_kernels(x: jax.Array, *weights: jax.Array, implementation: str | None) -> bool:
@@ -35,13 +32,6 @@ def takes_kernels(x: jax.Array, *weights: jax.Array, implementation: str | None)
     if implementation is not None:
         return implementation == "mosaic_gpu"
     return on_hopper("token_mlp", mosaic_tokens.supports(x, *weights))
-
-
-def _choose(operation, implementations, best, name, reason):
-    """The implementation called `name`; for None the best of each platform."""
-    if name is None and on_hopper(operation, reason):
-        return best
-    return choose(operation, implementations, name, {"mosaic_gpu": reason})
 
 
 def expert_mlp(
@@ -75,7 +65,8 @@ def expert_mlp(
             f"expert_mlp: x {x.shape}, up {up.shape}, down {down.shape}, weights {weights.shape} and "
             f"group_sizes {group_sizes.shape} do not fit together"
         )
-    run = _choose("expert_mlp", IMPLEMENTATIONS, _best, implementation, mosaic_gpu.supports(x, up, down))
+    refusals = {"mosaic_gpu": mosaic_gpu.supports(x, up, down)}
+    run = choose("expert_mlp", IMPLEMENTATIONS, implementation, refusals, _best)
     return run(x, up, down, weights, group_sizes)
 
 
@@ -111,6 +102,6 @@ def token_mlp(
             f"token_mlp: x {x.shape}, up {up.shape}, down {down.shape}, shared {shared and [a.shape for a in shared]}, "
             f"ids {ids.shape} and weights {weights.shape} do not fit together"
         )
-    reason = mosaic_tokens.supports(x, up, down, *(shared or ()))
-    run = _choose("token_mlp", TOKEN_IMPLEMENTATIONS, _best_for_tokens, implementation, reason)
+    reason = mosaic_tokens.supports(x, up, down, *(shared or ())) if ids.size else "no row has an expert"
+    run = choose("token_mlp", TOKEN_IMPLEMENTATIONS, implementation, {"mosaic_gpu": reason}, _best_for_tokens)
     return run(x, up, down, ids, weights, shared)

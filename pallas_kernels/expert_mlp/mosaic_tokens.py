@@ -2,6 +2,7 @@
 
 Both products are those of `pallas_kernels/matvec/mosaic_gpu.py`, with a matrix for each (row, expert) pair. It meets
 all rows, but the factors of the first product are zero except for the pair's own: so the second may sum over all pairs.
+By that an inf or NaN among the weights of `down` reaches all rows; one of x or of `up` stays in its row.
 """
 
 from __future__ import annotations

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 
-import jax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.causal_conv1d import xla as conv
-from pallas_kernels.choice import choose, on_hopper, with_gradient_of
+from pallas_kernels.choice import by_platform, choose
 from pallas_kernels.mamba_step import mosaic_gpu, reference, xla
 
 IMPLEMENTATIONS = {"xla": xla.mamba_step, "mosaic_gpu": mosaic_gpu.mamba_step, "reference": reference.mamba_step}
@@ -66,18 +65,14 @@ def mamba_step(
             )
     arrays = (projected, conv_state, ssm_state, conv_weight, conv_bias, A_log, D, dt_bias)
     rows = (documents, initial_document, place)
-    reason = mosaic_gpu.supports(projected, ssm_state)
-    run = choose("mamba_step", IMPLEMENTATIONS, implementation, {"mosaic_gpu": reason})
-    if implementation is None and on_hopper("mamba_step", reason):
-        run = _by_platform
+    refusals = {"mosaic_gpu": mosaic_gpu.supports(projected, ssm_state)}
+    run = choose("mamba_step", IMPLEMENTATIONS, implementation, refusals, _best)
     gated, squares, after = run(*arrays, dt_limit, rows)
     one = (projected[:, None], conv_weight, conv_state, documents[:, None], initial_document, heads * width)
     return gated, squares, conv.inputs_after(*one), after
 
 
-def _by_platform(*arguments):
-    """The kernel where the program is compiled for CUDA; the platform is not known before."""
+def _best(*arguments):
     *arrays, dt_limit, rows = arguments
-    on = lambda run: lambda *a: run(*a[:8], dt_limit, a[8:])
-    fast = lambda *a: jax.lax.platform_dependent(*a, cuda=on(mosaic_gpu.mamba_step), default=on(xla.mamba_step))
-    return with_gradient_of(on(xla.mamba_step), fast)(*arrays, *rows)
+    fast, plain = (lambda *a, run=run: run(*a[:-1], dt_limit, a[-1]) for run in (mosaic_gpu.mamba_step, xla.mamba_step))
+    return by_platform(fast, plain)(*arrays, rows)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 from jaxtyping import Array, Float
 
-from pallas_kernels.choice import choose, on_hopper, with_gradient_of
+from pallas_kernels.choice import by_platform, choose
 from pallas_kernels.matvec import mosaic_gpu, reference, xla
 
 IMPLEMENTATIONS = {"xla": xla.dot_rows, "mosaic_gpu": mosaic_gpu.dot_rows, "reference": reference.dot_rows}
@@ -16,10 +15,8 @@ FEW_ROWS = 8  # up to so many, the default on Hopper is its kernel; with more, m
 
 
 def _best(x, weights, dtype):
-    branch = lambda run: lambda x, weights: tuple(run(x, weights, dtype))
-    fast, plain = branch(mosaic_gpu.dot_rows), branch(xla.dot_rows)
-    run = lambda x, weights: jax.lax.platform_dependent(x, weights, cuda=fast, default=plain)
-    return list(with_gradient_of(plain, run)(x, tuple(weights)))
+    fast, plain = (lambda *a, run=run: run(*a, dtype) for run in (mosaic_gpu.dot_rows, xla.dot_rows))
+    return by_platform(fast, plain)(x, weights)
 
 
 def dot_rows(
@@ -37,10 +34,9 @@ def dot_rows(
     """
     if not weights or any(w.ndim != 2 or w.shape[1] != x.shape[1] for w in weights):
         raise ValueError(f"dot_rows: x {x.shape} and weights {[w.shape for w in weights]} do not fit together")
-    reason = mosaic_gpu.supports(x, *weights)
-    if implementation is None and x.shape[0] <= FEW_ROWS and on_hopper("dot_rows", reason):
-        return _best(x, weights, dtype)
-    return choose("dot_rows", IMPLEMENTATIONS, implementation, {"mosaic_gpu": reason})(x, weights, dtype)
+    refusals = {"mosaic_gpu": mosaic_gpu.supports(x, *weights)}
+    best = _best if x.shape[0] <= FEW_ROWS else None
+    return choose("dot_rows", IMPLEMENTATIONS, implementation, refusals, best)(x, list(weights), dtype)
 
 
 def dot_columns(h: Float[Array, "R F"], weight: Float[Array, "F D"], dtype: Any) -> Float[Array, "R D"]:

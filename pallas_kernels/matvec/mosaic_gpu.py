@@ -15,7 +15,7 @@ where it reads them.
 
 **Roofline**, Nano, one token on an H100: the up projections of six experts and the shared one are 80 MB, 24 us, and so
 are the down projections; the input projection of a Mamba-2 layer is 55 MB, 17 us. What matters is bytes in flight: of
-weights, 45 to 131 KB a multiprocessor.
+weights, 40 to 130 KB a multiprocessor.
 """
 
 from __future__ import annotations
@@ -67,14 +67,16 @@ def supports(x: jax.Array, *matrices: jax.Array) -> str | None:
 class _Item(NamedTuple):
     """See `persistent.Item`.
 
-    which: number of the stack; pair: of the matrix in its index; matrix: in the stack; column: number of the block.
+    which: number of the stack; pair: of the matrix in its index; matrix: in the stack; column: number of the block;
+    part: of the sum.
     """
 
-    which: Any
-    pair: Any
-    matrix: Any
     column: Any
     steps: Any
+    which: Any = None
+    pair: Any = None
+    matrix: Any = None
+    part: Any = None
     end: Any = MATRIX_ROWS
 
 
@@ -134,7 +136,7 @@ def rows_dot(
 
         def item_at(number):
             which, pair, matrix, column = places.at(number, indices)
-            return _Item(which, pair, matrix, column, steps)
+            return _Item(column, steps, which=which, pair=pair, matrix=matrix)
 
         def load(item, k, slot, full):
             part = cut(k, blocks.depth)
@@ -150,7 +152,8 @@ def rows_dot(
             for f in factors:
                 number = item.pair + sum(jnp.where(item.which == i, n, 0) for i, n in enumerate(before[:-1]))
                 own = plgpu.load(f.at[number], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
-                y = y * lax.broadcast_in_dim(own, y.shape, (0,))
+                own = lax.broadcast_in_dim(own, y.shape, (0,))
+                y = jnp.where(own == 0.0, 0.0, y * own)  # what other rows overflow to is none of this row's business
             _put(y, slot)
             _of(item.which, [lambda o=o: _send_rows(slot, o.at[item.pair], item.column * blocks.columns) for o in outs])
 
@@ -164,7 +167,10 @@ def rows_dot(
 
 
 def columns_dot(stacks: Sequence[Stack], hidden: Sequence[jax.Array]) -> jax.Array:
-    """See above, summed over all stacks: hidden [K, R, F] of each -> float32 [R, L], R a multiple of 8."""
+    """See above, summed over all stacks: hidden bfloat16 [K, R, F] of each -> float32 [R, L].
+
+    R is a multiple of 8, F and L are multiples of 64.
+    """
     rows, width, count = hidden[0].shape[1], stacks[0].matrices.shape[2], len(stacks)
     places = _Places.of(stacks, DEPTH)
     blocks = tuning.by_columns(places.total, width)
@@ -178,10 +184,10 @@ def columns_dot(stacks: Sequence[Stack], hidden: Sequence[jax.Array]) -> jax.Arr
         def item_at(number):
             part, column = lax.div(number, columns), lax.rem(number, columns)
             steps = jnp.clip(places.total - part * share, 0, share)
-            return _Item(None, part, None, column, steps)
+            return _Item(column, steps, part=part)
 
         def load(item, k, slot, full):
-            which, pair, matrix, step = places.at(item.pair * share + k, indices)
+            which, pair, matrix, step = places.at(item.part * share + k, indices)
             tile = ring.a.at[slot, pl.ds(0, rows)]
 
             def copy(hidden, weights):
@@ -196,7 +202,7 @@ def columns_dot(stacks: Sequence[Stack], hidden: Sequence[jax.Array]) -> jax.Arr
 
         def finish(item, thread, top, acc):
             _put(acc, slot)
-            _send(slot, out.at[item.pair, :, cut(item.column, blocks.columns)])
+            _send(slot, out.at[item.part, :, cut(item.column, blocks.columns)])
 
         persistent.run(ring, columns * blocks.parts, item_at, load, product, finish, blocks)
 
@@ -248,7 +254,6 @@ def dot_rows(x, weights, dtype):
 
     def run(x, weights):
         stacks = [Stack(w[None], jnp.zeros(1, jnp.int32)) for w in weights]
-        return tuple(y[0] for y in rows_dot(stacks, x, dtype))
+        return [y[0] for y in rows_dot(stacks, x, dtype)]
 
-    plain = lambda x, weights: tuple(xla.dot_rows(x, weights, dtype))
-    return list(with_gradient_of(plain, run)(x, tuple(weights)))
+    return with_gradient_of(lambda x, weights: xla.dot_rows(x, weights, dtype), run)(x, weights)

@@ -127,6 +127,28 @@ def test_token_mlp(shared, races_found):
     assert not races_found()
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("rubbish", [np.nan, np.inf, 1e30], ids=["nan", "inf", "overflow"])
+def test_what_a_token_meets_does_not_reach_another(rubbish, races_found):
+    """An expert of rubbish for the second token, and rubbish in the third."""
+    x, up, down, _ = arguments(3, 3)
+    ids, weights = jnp.array([[0], [1], [2]], jnp.int32), jnp.asarray(random(3, 3, 1))
+    run = jax.jit(lambda *a: token_mlp(*a, implementation="mosaic_gpu"))
+    clean = run(x, up, down, ids, weights)
+    found = run(x.at[2, 5].set(rubbish), up.at[1, 7].set(rubbish), down, ids, weights)
+    np.testing.assert_array_equal(found[0], clean[0])
+    assert not np.isfinite(np.asarray(found[1:])).all()
+    assert not races_found()
+
+
+def test_no_expert_at_all(races_found):
+    x, up, down, _ = arguments(2, 3)
+    nobody = (jnp.zeros((2, 0), jnp.int32), jnp.zeros((2, 0)))
+    with pytest.raises(ValueError, match="no row has an expert"):
+        token_mlp(x, up, down, *nobody, implementation="mosaic_gpu")
+    assert not races_found()
+
+
 def test_the_interpreter_sees_a_missing_fence(monkeypatch, races_found):
     """Without the fence between a result and the copy that takes it, the other tests fail."""
     monkeypatch.setattr(plgpu, "commit_smem", lambda: None)

@@ -112,7 +112,7 @@ def test_shapes_that_do_not_fit():
 
 
 REFUSED = {
-    "float32": (dict(dtype=jnp.float32), "projected is float32"),
+    "float32": (dict(dtype=jnp.float32), "projected is float32 and ssm_state float32, not bfloat16"),
     "head-of-24": (dict(width=24), "a head of 24 x 64 is no multiple of 16 x 64"),
     "state-of-32": (dict(size=32), "a head of 16 x 32 is no multiple of 16 x 64"),
 }

@@ -106,6 +106,19 @@ def test_states_of_16_bits(dtype):
     assert (np.abs(found.astype(jnp.float32) - exact) <= unit).all()
 
 
+def test_mapped_over_another_axis():
+    """States are mapped, weights are not."""
+    values, options = cases.arguments(4, groups=1), cases.options([1, 2, 0, 3], [1, 1, 1, 3])
+    whole = run(**values, **options)
+    mapped = ("projected", "conv_state", "ssm_state")
+    cut = lambda tree: jax.tree.map(lambda a: a.reshape(2, 2, *a.shape[1:]), tree)
+    rest = {name: value for name, value in values.items() if name not in mapped}
+    pairs = jax.vmap(lambda values, options: run(**rest, **values, **options))
+    found = without_races(jax.jit(pairs), cut({name: values[name] for name in mapped}), cut(options))
+    for a, e in zip(found, whole, strict=True):
+        np.testing.assert_array_equal(a.reshape(e.shape), e)
+
+
 def test_gradients_are_those_of_plain_jax():
     values, options = cases.arguments(2, groups=1), cases.options([1, 2], [1, 1])
     loss = lambda name: (

@@ -83,6 +83,7 @@ def test_rows_dot(rows, columns, stacks, scaled, races_found):
 @pytest.mark.parametrize("rows, columns, stacks", CASES.values(), ids=CASES)
 def test_columns_dot(rows, columns, stacks, parts, races_found, monkeypatch):
     monkeypatch.setattr(tuning, "by_columns", lambda steps, width: tuning.Blocks(64, 64, 3, parts))
+    stacks = [(matrices, chosen, n + -n % 64) for matrices, chosen, n in stacks]
     made = made_of(stacks, columns)
     hidden = [as_bfloat16(random(7 + i, len(chosen), rows, n)) for i, (_, chosen, n) in enumerate(stacks)]
     y = jax.jit(lambda stacks, hidden: mosaic_gpu.columns_dot(stacks, [pad_to(h, 1) for h in hidden]))(made, hidden)
