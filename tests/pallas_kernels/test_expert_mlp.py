@@ -201,3 +201,10 @@ def test_token_mlp_refuses_what_does_not_fit(changes, message):
     values = arguments(2) | {"weights": random(3, 2, 2), "ids": np.zeros((2, 2), np.int32)}
     with pytest.raises(ValueError, match=message):
         call(token_mlp, **values | changes)
+
+
+def test_the_kernels_refuse_tokens_without_experts():
+    x, weights = jnp.zeros((2, 64), jnp.bfloat16), jnp.zeros((3, 64, 64), jnp.bfloat16)
+    nobody = (jnp.zeros((2, 0), jnp.int32), jnp.zeros((2, 0)))
+    with pytest.raises(ValueError, match="no row has an expert"):
+        token_mlp(x, weights, weights, *nobody, implementation="mosaic_gpu")
