@@ -18,6 +18,7 @@ import jax
 
 from experiments import h100_programs as programs
 from experiments import rooflines
+from experiments.gpu_suite.cases import projections
 from experiments.h100_compiler import Kernel, Report, compile_for_h100
 from experiments.h100_programs import Program
 from experiments.rooflines import Work
@@ -51,10 +52,9 @@ def operations() -> dict[str, Case]:
     step = f"token of a Mamba-2 layer, Nano, {NANO.mamba_num_heads * 16:,} heads"
     for name, dtype in ((step, "float32"), (f"{step}, float16", "float16")):
         cases[name] = Case(programs.token(NANO, 16, dtype), rooflines.token_work(NANO, 16, dtype))
-    projected = 2 * NANO.mamba_inner + 2 * NANO.n_groups * NANO.ssm_state_size + NANO.mamba_num_heads
-    sizes = (NANO.hidden_size, projected)
-    work = rooflines.row_work(*sizes)
-    cases["one row with a projection into a Mamba-2 layer, Nano"] = Case(programs.projections(1, *sizes), work)
+    for inputs, *outputs in projections(NANO):
+        name = f"one row of {inputs:,} to {' and '.join(f'{n:,}' for n in outputs)}"
+        cases[name] = Case(programs.projections(1, inputs, *outputs), rooflines.row_work(inputs, sum(outputs)))
     work = rooflines.convolution_work(NANO, TOKENS)
     gradient = Work(2.5 * work.flops, 1.5 * work.nbytes)  # x and dy in, dx out: y is not read
     cases["convolution, Nano, 8,192 tokens"] = Case(programs.convolution(NANO, TOKENS), work, 4, gradient)

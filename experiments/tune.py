@@ -1,6 +1,6 @@
 """Refills the table of block sizes, `pallas_kernels/tuned.json`, on a GPU.
 
-    python -m experiments.tune [--operations experts,attention,scan] [--models nano,super,ultra] [--tokens 8192]
+    python -m experiments.tune [--operations experts,attention,scan,token] [--models nano,super,ultra] [--tokens 8192]
 
 Times every candidate at the shapes of a prefill, beside the rule that holds for shapes that are not in the table. What
 beats the rule by more than 2 % goes into the table; for the other shapes that were timed, what was there goes.
@@ -13,7 +13,7 @@ import argparse
 import itertools
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +25,7 @@ from experiments.gpu_suite import cases
 from experiments.gpu_suite.cases import Case
 from experiments.gpu_suite.timing import Program, device_seconds, in_turn
 from nemojax.config import Config
+from pallas_kernels.persistent import DEPTH
 from pallas_kernels.ssd.tuning import CHUNK
 from pallas_kernels.tuned import PATH, Table, using
 
@@ -70,10 +71,39 @@ def scan(config: Config, tokens: int) -> Choice:
     return Choice(cases.ssd_case(config, 1, tokens), tuple({"ssd piece": {key: [piece]}} for piece in pieces))
 
 
+def projection(inputs: int, *outputs: int) -> Choice:
+    """Columns of an item of one row's products."""
+    key = ",".join(f"1,{n}" for n in outputs)
+    return Choice(cases.projection_case(inputs, *outputs), _tables("matvec rows", key, _COLUMNS))
+
+
+def token(config: Config) -> list[Choice]:
+    """The experts of one token: columns of an item upwards, parts of the sum downwards."""
+    chosen, width, shared = (
+        config.num_experts_per_tok,
+        config.moe_intermediate_size,
+        config.moe_shared_expert_intermediate_size,
+    )
+    together = config.moe_latent_size is None
+    case = cases.token_experts_case(config, 1, shared=together)
+    up = f"{chosen},{width}" + (f",1,{shared}" if together else "")
+    steps = chosen * -(-width // DEPTH) + together * -(-shared // DEPTH)
+    down = _tables("matvec columns", f"{steps},{config.expert_width}", range(1, 9))
+    return [Choice(case, _tables("matvec rows", up, _COLUMNS)), Choice(case, down)]
+
+
+_COLUMNS = (16, 24, 32, 48, 64, 80, 96, 112, 128)
+
+
+def _tables(name: str, key: str, values: Iterable[int]) -> tuple[Table, ...]:
+    return tuple({name: {key: [value]}} for value in values)
+
+
 OPERATIONS: dict[str, Callable[[Config, int], Sequence[Choice]]] = {
     "experts": lambda config, tokens: [experts(config, tokens)],
     "attention": lambda config, tokens: [attention(config, tokens), attention(config, tokens, gradient=True)],
     "scan": lambda config, tokens: [scan(config, tokens)],
+    "token": lambda config, tokens: [*(projection(*sizes) for sizes in cases.projections(config)), *token(config)],
 }
 
 

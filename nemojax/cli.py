@@ -54,13 +54,17 @@ def _register_generate(commands: argparse._SubParsersAction) -> None:
     generate.add_argument("--top-p", type=float)
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: the checkpoint's")
-    generate.add_argument(
+    _add_state_dtype(generate)
+    generate.set_defaults(run=_generate)
+
+
+def _add_state_dtype(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "--state-dtype",
         choices=("float32", "float16", "bfloat16"),
         default="float32",
         help="of the Mamba-2 states between tokens (default: %(default)s)",
     )
-    generate.set_defaults(run=_generate)
 
 
 def _generate(args: argparse.Namespace) -> int:
@@ -97,6 +101,7 @@ def _register_plan(commands: argparse._SubParsersAction) -> None:
     plan.add_argument("--batch", type=int, default=1, help="rows (default: %(default)s)")
     plan.add_argument("--device", default="h100", help="h100 (default) or h200")
     plan.add_argument("--piece", type=int, default=8192, help="tokens of a prefill call (default: %(default)s)")
+    _add_state_dtype(plan)
     plan.add_argument("--estimate-only", action="store_true", help="arithmetic only, compile nothing")
     plan.set_defaults(run=_plan)
 
@@ -119,6 +124,7 @@ def _plan(args: argparse.Namespace) -> int:
         device=args.device,
         piece=args.piece,
         estimate_only=args.estimate_only,
+        state_dtype=args.state_dtype,
     )
     if done.missing:
         print(f"{done.missing}; the estimate only:", file=sys.stderr)

@@ -125,6 +125,7 @@ def plan(
     piece: int = 8192,
     estimate_only: bool = False,
     programs: Sequence[str] = PROGRAMS,
+    state_dtype: str = "float32",
 ) -> Plan:
     """Bytes per device of a model, from its compiled prefill and decode programs.
 
@@ -140,9 +141,10 @@ def plan(
       piece: tokens of a row that one prefill call takes.
       estimate_only: compile nothing.
       programs: which of `PROGRAMS` to compile.
+      state_dtype: of the Mamba-2 states in the cache; see `init_cache`.
 
     Raises:
-      InputError: a number is not positive, or the mesh or the device is unknown.
+      InputError: a number is not positive, or the mesh, the device or the dtype is unknown.
     """
     for name, value in (("context", context), ("batch", batch), ("piece", piece)):
         if value < 1:
@@ -157,7 +159,7 @@ def plan(
         except CompilerMissing as error:
             missing = str(error)
     grid = make_mesh(sizes, devices) if devices else AbstractMesh(tuple(sizes.values()), tuple(sizes))
-    params, cache, tokens = _abstract(config, batch, context, grid)
+    params, cache, tokens = _abstract(config, batch, context, grid, state_dtype)
     done = Plan(
         target,
         count,
@@ -180,11 +182,11 @@ def plan(
 # ---------------------------------------------------------------- the mesh: all that knows how arrays are laid out
 
 
-def _abstract(config: Config, batch: int, context: int, mesh: Mesh | AbstractMesh):
+def _abstract(config: Config, batch: int, context: int, mesh: Mesh | AbstractMesh, state_dtype: str):
     """Parameters, cache and a function that makes tokens [B, T] of a given T: shapes, placed on the mesh."""
     place = lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
     cut = Cut.of(mesh, config, batch, length=1)
-    cache = jax.eval_shape(lambda: init_cache(config, batch, cut.slots(context)))
+    cache = jax.eval_shape(lambda: init_cache(config, batch, cut.slots(context), state_dtype=state_dtype))
     cache = jax.tree.map(place, cache, cut.shardings(cache_axes(config)))
     params = jax.tree.map(place, abstract_params(config), param_shardings(config, mesh))
     rows = cut.shardings(PartitionSpec("batch"))

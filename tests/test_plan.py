@@ -81,6 +81,13 @@ def test_without_a_compiler_there_is_an_estimate(no_compiler):
     assert done.peak_bytes == num_bytes(SMALL) + cache_bytes(512, 3) + done.estimated_temp_bytes
 
 
+def test_states_of_16_bits_take_half(no_compiler):
+    sizes = [
+        planning.plan(SMALL, context=512, batch=3, state_dtype=name).cache_bytes for name in ("float32", "float16")
+    ]
+    assert sizes[0] - sizes[1] == 3 * 8 * 16 * 32 * 2
+
+
 def test_command_without_a_compiler(no_compiler, capsys):
     assert cli.main(["plan", "nano-4b"]) == 0
     shown = capsys.readouterr()

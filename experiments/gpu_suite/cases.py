@@ -200,6 +200,19 @@ def experts_case(config: Config, tokens: int, *, gradient: bool = False) -> Case
     return Case(name, arrays, 4, run, FAST, work, 3.0 if gradient else None)
 
 
+def projections(config: Config) -> list[tuple[int, ...]]:
+    """Inputs and outputs of what a token is projected with: into a Mamba-2 layer, to queries, keys and values, out of
+    both, to logits."""
+    attended, keys = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+    gates = 2 * config.mamba_inner + config.mamba_num_heads
+    return [
+        (config.hidden_size, gates + 2 * config.n_groups * config.ssm_state_size),
+        (config.hidden_size, attended, keys, keys),
+        *((inputs, config.hidden_size) for inputs in sorted({config.mamba_inner, attended})),
+        (config.hidden_size, config.vocab_size),
+    ]
+
+
 def token_experts_case(config: Config, tokens: int, *, shared: bool = False) -> Case:
     """A few tokens, nothing sorted; with `shared`, the expert that every token takes too."""
     ids = _routing(config, tokens)

@@ -123,8 +123,7 @@ def operation_cases(
                 experts(nano, 7),
                 cases.token_experts_case(nano, 1, shared=True),
                 cases.token_experts_case(nano, 4),
-                cases.projection_case(*_projection(nano)),
-                cases.projection_case(*_attention_projections(nano)),
+                *(cases.projection_case(*sizes) for sizes in cases.projections(nano)[:2]),
                 *(experts(c, 64) for c in latent),
             ],
             [
@@ -134,23 +133,8 @@ def operation_cases(
                 cases.token_experts_case(nano, 1),
                 cases.token_experts_case(nano, 1, shared=True),
                 cases.token_experts_case(nano, 4),
-                cases.projection_case(*_projection(nano)),
-                cases.projection_case(nano.mamba_inner, nano.hidden_size),
-                cases.projection_case(*_attention_projections(nano)),
-                cases.projection_case(nano.hidden_size, nano.vocab_size),
+                *(cases.projection_case(*sizes) for sizes in cases.projections(nano)),
                 *(experts(c, 64) for c in latent),
             ],
         ),
     }
-
-
-def _projection(config: Config) -> tuple[int, int]:
-    """Sizes of the projection into a Mamba-2 layer."""
-    gates = 2 * config.mamba_inner + config.mamba_num_heads
-    return config.hidden_size, gates + 2 * config.n_groups * config.ssm_state_size
-
-
-def _attention_projections(config: Config) -> tuple[int, int, int, int]:
-    """Sizes of the projections to queries, keys and values."""
-    keys = config.num_key_value_heads * config.head_dim
-    return config.hidden_size, config.num_attention_heads * config.head_dim, keys, keys

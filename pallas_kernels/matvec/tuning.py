@@ -1,12 +1,17 @@
-"""How the Hopper kernels of `mosaic_gpu.py` cut a product: by what keeps every multiprocessor reading to the end."""
+"""How the Hopper kernels of `mosaic_gpu.py` cut a product: what was measured (`tuned.py`), a heuristic behind it.
+
+The heuristic keeps every multiprocessor reading to the end.
+"""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from pallas_kernels import persistent
 from pallas_kernels.persistent import DEPTH, MATRIX_ROWS, SHARED_MEMORY
+from pallas_kernels.tuned import tuned
 
 _WIDEST = 128
 _COPY = 8192  # bytes of weights worth the synchronisation of a stage
@@ -45,7 +50,8 @@ def by_rows(counts: Sequence[tuple[int, int]]) -> Blocks:
         items = sum(matrices * -(-rows // columns) for matrices, rows in counts)
         return -(-items // persistent.SMS) * (columns + _OVERHEAD), -columns
 
-    columns = min(range(16, _WIDEST + 1, 8), key=cost)
+    numbers = itertools.chain.from_iterable(counts)
+    (columns,) = tuned("matvec rows", *numbers) or [min(range(16, _WIDEST + 1, 8), key=cost)]
     return _with_stages(columns, DEPTH * -(-_COPY // (2 * DEPTH * columns)), 1)
 
 
@@ -56,7 +62,8 @@ def by_columns(steps: int, width: int) -> Blocks:
     def cost(parts):
         return -(-blocks * parts // persistent.SMS) * (-(-steps // parts) + _OVERHEAD // 2), parts
 
-    return _with_stages(DEPTH, DEPTH, min(range(1, min(steps, 16) + 1), key=cost))
+    (parts,) = tuned("matvec columns", steps, width) or [min(range(1, min(steps, 16) + 1), key=cost)]
+    return _with_stages(DEPTH, DEPTH, parts)
 
 
 def _with_stages(columns, depth, parts):

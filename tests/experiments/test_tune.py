@@ -7,6 +7,7 @@ from experiments import tune
 from pallas_kernels import tuned
 from pallas_kernels.expert_mlp import tuning as experts
 from pallas_kernels.flash_attention import tuning as attention
+from pallas_kernels.matvec import tuning as matvec
 from pallas_kernels.ssd import tuning as scan
 
 NANO = nemojax.preset("nano-30b-a3b")
@@ -15,6 +16,9 @@ CHOICES = {
     "attention": tune.attention(NANO, 8192),
     "attention-gradient": tune.attention(NANO, 8192, gradient=True),
     "scan": tune.scan(NANO, 8192),
+    "projection": tune.projection(2688, 4096, 256, 256),
+    "token-up": tune.token(NANO)[0],
+    "token-down": tune.token(NANO)[1],
 }
 
 
@@ -25,6 +29,9 @@ def blocks():
         *(experts.blocks(128, width, 2) for width in (NANO.moe_intermediate_size, NANO.hidden_size)),
         attention.forward(1, 8192, 8192, heads, groups),
         attention.backward(1, 8192, 8192, heads, groups, False),
+        matvec.by_rows([(1, 4096), (1, 256), (1, 256)]),
+        matvec.by_rows([(6, 1856), (1, 3712)]),
+        matvec.by_columns(6 * 29 + 58, 2688),
         scan.plan(1, 8192, NANO.mamba_num_heads, 8, 64, 128, interpret=False),
     )
 
@@ -77,4 +84,4 @@ def test_without_a_gpu(capsys):
 def test_an_unknown_operation(capsys):
     with pytest.raises(SystemExit):
         tune.main(["--operations", "scans"])
-    assert "unknown scans; known: experts, attention, scan" in capsys.readouterr().err
+    assert "unknown scans; known: experts, attention, scan, token" in capsys.readouterr().err
