@@ -29,7 +29,7 @@ ROWS, TOKENS, SLOTS = PartitionSpec("batch"), PartitionSpec("batch", "tokens"), 
 HIDDEN = PartitionSpec("batch", "tokens", None)
 
 # From so many tokens on, memory for a layer's projections counts more than what XLA can fuse across layers.
-_MANY = 64
+_LONG = 1024
 
 CAPTURES = ("resid_pre", "resid_post", "mixer_out", "router", "ssm_state")
 
@@ -138,7 +138,7 @@ def _layers(
                 params[name], x, None if states is None else states.get(name), segments=segments
             )
         if states is not None and kind in "M*":
-            if tokens.size >= _MANY:
+            if tokens.shape[1] >= _LONG:
                 # Else XLA cuts states out of the projections at the very end, and keeps every layer's until then.
                 x, state = jax.lax.optimization_barrier((x, state))
             after[name] = state

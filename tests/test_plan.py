@@ -70,9 +70,10 @@ def test_one_device_sends_nothing(compiled):
 
 
 def test_kernels_are_counted_and_shown(compiled):
-    experts = {"expert_mlp_to_rows": 1, "expert_mlp_to_tiles": 1}  # heads are too small for the other kernels
-    assert [p.kernels for p in compiled.programs] == [experts, experts]
-    assert compiled.lines().count("  1 expert_mlp_to_rows, 1 expert_mlp_to_tiles") == 2
+    """Heads are too small for the other kernels. Few rows: of the head; of a token also all but one projection."""
+    prefill = {"expert_mlp_to_rows": 1, "expert_mlp_to_tiles": 1, "matvec_rows": 1}
+    assert [p.kernels for p in compiled.programs] == [prefill, {"matvec_columns": 1, "matvec_rows": 7}]
+    assert "  1 expert_mlp_to_rows, 1 expert_mlp_to_tiles, 1 matvec_rows" in compiled.lines()
 
 
 def test_without_a_compiler_there_is_an_estimate(no_compiler):
@@ -181,11 +182,21 @@ PIECES = {"ultra-550b-a55b": 2048}
 
 
 def kernels_of_layers(config, program):
-    """Every layer calls its kernels, once; one token through a Mamba-2 layer is plain JAX."""
-    mamba = ["causal_conv1d", "ssd_steps", "ssd_piece_states", "ssd_scan"]
-    by_kind = {"M": mamba if program == PREFILL else [], "*": ["attention_forward"]}
-    by_kind["E"] = ["expert_mlp_to_rows", "expert_mlp_to_tiles"] * (1 if program == PREFILL else 2)  # shared, too
-    return Counter(name for kind in config.pattern for name in by_kind.get(kind, ()))
+    """Every layer calls its kernels, once; for one token of a few rows, projections are kernels too, as the head is."""
+    if program == PREFILL:
+        by_kind = {
+            "M": ["causal_conv1d", "ssd_steps", "ssd_piece_states", "ssd_scan"],
+            "*": ["attention_forward"],
+            "E": ["expert_mlp_to_rows", "expert_mlp_to_tiles"],
+        }
+    else:
+        into_and_out = ["matvec_rows"] * 2
+        by_kind = {
+            "M": ["mamba_step", *into_and_out],
+            "*": ["attention_forward", *into_and_out],
+            "E": ["matvec_rows", "matvec_columns"],
+        }
+    return Counter(["matvec_rows", *(name for kind in config.pattern for name in by_kind.get(kind, ()))])
 
 
 def check_plan(config, name, device, mesh, context, batch, programs):
