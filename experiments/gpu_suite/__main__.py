@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 # Shares of the time; a section may also take what those before it have left.
-SECTIONS = {"ssd": 0.2, "attention": 0.2, "experts": 0.2, "torch": 0.05, "model": 0.35}
+SECTIONS = {"ssd": 0.17, "attention": 0.17, "experts": 0.17, "token": 0.12, "torch": 0.05, "model": 0.32}
 ROOT = Path(__file__).parents[2]
 _ASK = """
 import jax

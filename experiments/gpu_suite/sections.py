@@ -64,77 +64,85 @@ def rows(section: str, tiny: bool) -> Iterator[dict[str, Any]]:
             yield from run
 
 
-def operation_cases(
-    model: dict[str, Config], tokens: int, context: int
-) -> dict[str, tuple[Sequence[Case], Sequence[Case]]]:
-    """Cases to check and cases to time, by operation.
+Cases = tuple[Sequence[Case], Sequence[Case]]  # to check, to time
+
+
+def operation_cases(model: dict[str, Config], tokens: int, context: int) -> dict[str, Cases]:
+    """Cases to check and cases to time, by section.
 
     Args:
       model: `nano` and, where they bring other shapes, more configurations.
       tokens: of a prefill; a quarter of it for checks. context: slots of a long cache.
     """
-    nano, few = model["nano"], tokens // 4
+    nano = model["nano"]
     others = [config for name, config in model.items() if name != "nano"]
     latent = [c for c in others if "E" in c.pattern]
     wide = [c for c in others if "M" in c.pattern and "E" not in c.pattern]
-    ssd, attention, experts = cases.ssd_case, cases.attention_case, cases.experts_case
     return {
-        "ssd": (
-            [
-                ssd(nano, 1, few),
-                ssd(nano, 2, few - 37, packed=True),
-                ssd(nano, 2, few - 37, packed=True, gradient=True),
-                *(ssd(c, 1, few, packed=True, gradient=g) for c in wide for g in (False, True)),
-                cases.step_case(nano, 5),
-                cases.step_case(nano, 5, "float16"),
-                *(cases.step_case(c, 5) for c in wide),
-                cases.conv_case(nano, 2, few),
-                cases.conv_case(nano, 2, few - 37, packed=True),
-                cases.conv_case(nano, 2, few - 37, packed=True, gradient=True),
-            ],
-            [
-                ssd(nano, 1, tokens),
-                ssd(nano, 1, tokens, gradient=True),
-                cases.step_case(nano, 16),
-                cases.step_case(nano, 16, "float16"),
-                cases.conv_case(nano, 1, tokens),
-                cases.conv_case(nano, 1, tokens, gradient=True),
-            ],
-        ),
-        "attention": (
-            [
-                attention(nano, 1, few),
-                attention(nano, 2, few - 37, packed=True, gradient=True),
-                attention(nano, 2, few // 16 + 1, slots=few),
-                attention(nano, 4, 1, slots=few),
-            ],
-            [
-                attention(nano, 1, tokens),
-                attention(nano, 1, tokens, gradient=True),
-                attention(nano, 1, tokens, packed=True),
-                attention(nano, 1, 1, slots=context),
-                attention(nano, 32, 1, slots=tokens),
-            ],
-        ),
-        "experts": (
-            [
-                experts(nano, few),
-                experts(nano, few, gradient=True),
-                experts(nano, 7),
-                cases.token_experts_case(nano, 1, shared=True),
-                cases.token_experts_case(nano, 4),
-                *(cases.projection_case(*sizes) for sizes in cases.projections(nano)[:2]),
-                *(experts(c, 64) for c in latent),
-            ],
-            [
-                experts(nano, tokens),
-                experts(nano, tokens, gradient=True),
-                experts(nano, 64),
-                cases.token_experts_case(nano, 1),
-                cases.token_experts_case(nano, 1, shared=True),
-                cases.token_experts_case(nano, 4),
-                *(cases.projection_case(*sizes) for sizes in cases.projections(nano)),
-                *(experts(c, 64) for c in latent),
-            ],
-        ),
+        "ssd": _ssd(nano, wide, tokens),
+        "attention": _attention(nano, tokens, context),
+        "experts": _experts(nano, latent, tokens),
+        "token": _token(nano, wide),
     }
+
+
+def _ssd(nano: Config, wide: Sequence[Config], tokens: int) -> Cases:
+    ssd, conv, few = cases.ssd_case, cases.conv_case, tokens // 4
+    checks = [
+        ssd(nano, 1, few),
+        ssd(nano, 2, few - 37, packed=True),
+        ssd(nano, 2, few - 37, packed=True, gradient=True),
+        *(ssd(c, 1, few, packed=True, gradient=g) for c in wide for g in (False, True)),
+        conv(nano, 2, few),
+        conv(nano, 2, few - 37, packed=True),
+        conv(nano, 2, few - 37, packed=True, gradient=True),
+    ]
+    both = (False, True)
+    speeds = [run(nano, 1, tokens, gradient=gradient) for run in (ssd, conv) for gradient in both]
+    return checks, speeds
+
+
+def _attention(nano: Config, tokens: int, context: int) -> Cases:
+    attention, few = cases.attention_case, tokens // 4
+    checks = [
+        attention(nano, 1, few),
+        attention(nano, 2, few - 37, packed=True, gradient=True),
+        attention(nano, 2, few // 16 + 1, slots=few),
+        attention(nano, 4, 1, slots=few),
+    ]
+    speeds = [
+        attention(nano, 1, tokens),
+        attention(nano, 1, tokens, gradient=True),
+        attention(nano, 1, tokens, packed=True),
+        attention(nano, 1, 1, slots=context),
+        attention(nano, 32, 1, slots=tokens),
+    ]
+    return checks, speeds
+
+
+def _experts(nano: Config, latent: Sequence[Config], tokens: int) -> Cases:
+    experts, few = cases.experts_case, tokens // 4
+    of_latent = [experts(c, 64) for c in latent]
+    checks = [experts(nano, few), experts(nano, few, gradient=True), experts(nano, 7), *of_latent]
+    return checks, [experts(nano, tokens), experts(nano, tokens, gradient=True), experts(nano, 64), *of_latent]
+
+
+def _token(nano: Config, wide: Sequence[Config]) -> Cases:
+    """What a step of decoding is made of, attention aside."""
+    step, experts = cases.step_case, cases.token_experts_case
+    projections = [cases.projection_case(*sizes) for sizes in cases.projections(nano)]
+    checks = [
+        *(step(c, 5) for c in (nano, *wide)),
+        step(nano, 5, "float16"),
+        experts(nano, 1, shared=True),
+        experts(nano, 4),
+        *projections[:2],
+    ]
+    speeds = [
+        *(step(nano, 16, dtype) for dtype in ("float32", "float16")),
+        experts(nano, 1),
+        experts(nano, 1, shared=True),
+        experts(nano, 4),
+        *projections,
+    ]
+    return checks, speeds
