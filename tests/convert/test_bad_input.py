@@ -250,6 +250,7 @@ def test_bad_option(tmp_path: Path, option: list[str], mention: str, capfd: pyte
 
 LIMITED = """
 import resource, sys
+sys.dont_write_bytecode = True  # cut off at the limit, bytecode would fail every later import of its module
 limit = int(sys.argv.pop(1))
 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 from nemojax.cli import run
