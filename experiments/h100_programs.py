@@ -18,6 +18,7 @@ from nemojax.cache import init_cache
 from nemojax.config import Config
 from nemojax.dispatch import local
 from nemojax.layers.block import block
+from nemojax.layers.moe import choice_rule
 from nemojax.segments import enter
 from nemojax.specs import abstract_params, layer_name
 from pallas_kernels.causal_conv1d import causal_conv1d
@@ -25,6 +26,7 @@ from pallas_kernels.expert_mlp import expert_mlp, token_mlp
 from pallas_kernels.flash_attention import flash_attention
 from pallas_kernels.mamba_step import mamba_step
 from pallas_kernels.matvec import dot_rows
+from pallas_kernels.router import choose_experts
 from pallas_kernels.ssd import ssd
 
 
@@ -122,6 +124,12 @@ def experts(config: Config, tokens: int) -> Program:
         return Program(token_mlp, (_bf16(tokens, features), weights, weights, _i32(*pairs), _f32(*pairs)))
     rows = tokens * chosen
     return Program(expert_mlp, (_bf16(rows, features), weights, weights, _f32(rows), _i32(count)))
+
+
+def router(config: Config, tokens: int) -> Program:
+    """From a router's logits to the chosen experts and their weights."""
+    run = lambda logits, bias: choose_experts(logits, bias, choice_rule(config))
+    return Program(run, (_f32(tokens, config.n_routed_experts), _f32(config.n_routed_experts)))
 
 
 # ---------------------------------------------------------------------------------------------------- layers, models

@@ -65,6 +65,9 @@ def operations() -> dict[str, Case]:
     for name, config, tokens, gradient in [*shapes, ("Super", SUPER, TOKENS, 0), ("Ultra", ULTRA, TOKENS, 0)]:
         case = Case(programs.experts(config, tokens), rooflines.experts_work(config, tokens), gradient)
         cases[f"experts, {name}, {tokens:,} token{'s' * (tokens > 1)}"] = case
+    for name, config in (("Nano", NANO), ("Ultra", ULTRA)):
+        work = rooflines.router_work(config, TOKENS)
+        cases[f"choice of experts, {name}, 8,192 tokens"] = Case(programs.router(config, TOKENS), work)
     return cases
 
 

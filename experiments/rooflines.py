@@ -105,6 +105,12 @@ def row_work(inputs: int, outputs: int) -> Work:
     return Work(2 * inputs * outputs, 2 * inputs * outputs)
 
 
+def router_work(config: Config, tokens: int) -> Work:
+    """The choice of experts from logits: logits in, ids and weights out."""
+    experts, chosen = config.n_routed_experts, config.num_experts_per_tok
+    return Work(tokens * experts * chosen, tokens * 4 * (experts + 2 * chosen))
+
+
 def convolution_work(config: Config, tokens: int) -> Work:
     """The convolution of one Mamba-2 layer: its channels in and out."""
     channels = config.mamba_inner + 2 * config.n_groups * config.ssm_state_size

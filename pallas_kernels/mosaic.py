@@ -25,13 +25,13 @@ def read(ref: Any, layout: Any = ROW_LAYOUT) -> Any:
 
 
 def down(vector: Any, rows: int) -> Any:
-    """One value a column, for `rows` rows: [64] -> [rows, 64]."""
-    return plgpu.layout_cast(lax.broadcast_in_dim(vector, (rows, COLUMNS), [1]), ROW_LAYOUT)
+    """One value a column, for `rows` rows: [columns] -> [rows, columns]."""
+    return plgpu.layout_cast(lax.broadcast_in_dim(vector, (rows, *vector.shape), [1]), ROW_LAYOUT)
 
 
-def across(vector: Any) -> Any:
-    """One value a row, for all columns: [rows] -> [rows, 64]."""
-    return plgpu.layout_cast(lax.broadcast_in_dim(vector, (*vector.shape, COLUMNS), [0]), ROW_LAYOUT)
+def across(vector: Any, columns: int = COLUMNS) -> Any:
+    """One value a row, for all columns: [rows] -> [rows, columns]."""
+    return plgpu.layout_cast(lax.broadcast_in_dim(vector, (*vector.shape, columns), [0]), ROW_LAYOUT)
 
 
 def softplus(a: Any) -> Any:

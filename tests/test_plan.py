@@ -71,9 +71,10 @@ def test_one_device_sends_nothing(compiled):
 
 def test_kernels_are_counted_and_shown(compiled):
     """Heads are too small for the other kernels. Few rows: of the head; of a token also all but one projection."""
-    prefill = {"expert_mlp_to_rows": 1, "expert_mlp_to_tiles": 1, "matvec_rows": 1}
-    assert [p.kernels for p in compiled.programs] == [prefill, {"matvec_columns": 1, "matvec_rows": 7}]
-    assert "  1 expert_mlp_to_rows, 1 expert_mlp_to_tiles, 1 matvec_rows" in compiled.lines()
+    prefill = {"choose_experts": 1, "expert_mlp_to_rows": 1, "expert_mlp_to_tiles": 1, "matvec_rows": 1}
+    decode = {"choose_experts": 1, "matvec_columns": 1, "matvec_rows": 7}
+    assert [p.kernels for p in compiled.programs] == [prefill, decode]
+    assert "  1 choose_experts, 1 expert_mlp_to_rows, 1 expert_mlp_to_tiles, 1 matvec_rows" in compiled.lines()
 
 
 def test_without_a_compiler_there_is_an_estimate(no_compiler):
@@ -187,14 +188,14 @@ def kernels_of_layers(config, program):
         by_kind = {
             "M": ["causal_conv1d", "ssd_steps", "ssd_piece_states", "ssd_scan"],
             "*": ["attention_forward"],
-            "E": ["expert_mlp_to_rows", "expert_mlp_to_tiles"],
+            "E": ["choose_experts", "expert_mlp_to_rows", "expert_mlp_to_tiles"],
         }
     else:
         into_and_out = ["matvec_rows"] * 2
         by_kind = {
             "M": ["mamba_step", *into_and_out],
             "*": ["attention_forward", *into_and_out],
-            "E": ["matvec_rows", "matvec_columns"],
+            "E": ["choose_experts", "matvec_rows", "matvec_columns"],
         }
     return Counter(["matvec_rows", *(name for kind in config.pattern for name in by_kind.get(kind, ()))])
 

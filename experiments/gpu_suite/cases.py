@@ -10,11 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from nemojax.config import Config
+from nemojax.layers.moe import choice_rule
 from pallas_kernels.causal_conv1d import causal_conv1d
 from pallas_kernels.expert_mlp import expert_mlp, token_mlp
 from pallas_kernels.flash_attention import flash_attention
 from pallas_kernels.mamba_step import mamba_step
 from pallas_kernels.matvec import dot_rows
+from pallas_kernels.router import choose_experts
 from pallas_kernels.ssd import ssd
 
 
@@ -243,6 +245,23 @@ def _expert_arrays(config: Config, key: jax.Array, rows: int) -> tuple:
     x = _normal(k[0], rows, shape[2])
     up, down = (_normal(k[i], *shape, scale=size**-0.5) for i, size in ((1, shape[2]), (2, shape[1])))
     return x, up, down, jax.random.uniform(k[3], (rows,))
+
+
+def router_case(config: Config, tokens: int) -> Case:
+    """From a router's logits to the chosen experts and their weights; the bias is as large as scores differ."""
+    experts, chosen = config.n_routed_experts, config.num_experts_per_tok
+
+    def arrays(key):
+        logits, bias = jax.random.split(key)
+        f32 = jnp.float32
+        return _normal(logits, tokens, experts, dtype=f32), _normal(bias, experts, scale=0.1, dtype=f32)
+
+    def run(implementation, logits, bias):
+        ids, weights = choose_experts(logits, bias, choice_rule(config), implementation=implementation)
+        return weights, ids
+
+    work = Work(4 * tokens * (experts + 2 * chosen), tokens * experts * chosen)
+    return Case(f"choice of {chosen} of {experts} experts, {tokens:,} tokens", arrays, 2, run, FAST, work)
 
 
 def conv_case(config: Config, batch: int, tokens: int, *, packed: bool = False, gradient: bool = False) -> Case:

@@ -123,8 +123,11 @@ def _attention(nano: Config, tokens: int, context: int) -> Cases:
 def _experts(nano: Config, latent: Sequence[Config], tokens: int) -> Cases:
     experts, few = cases.experts_case, tokens // 4
     of_latent = [experts(c, 64) for c in latent]
+    router = cases.router_case
     checks = [experts(nano, few), experts(nano, few, gradient=True), experts(nano, 7), *of_latent]
-    return checks, [experts(nano, tokens), experts(nano, tokens, gradient=True), experts(nano, 64), *of_latent]
+    checks += [router(c, few) for c in (nano, *latent)]
+    speeds = [experts(nano, tokens), experts(nano, tokens, gradient=True), experts(nano, 64), *of_latent]
+    return checks, speeds + [router(nano, tokens)]
 
 
 def _token(nano: Config, wide: Sequence[Config]) -> Cases:
@@ -137,12 +140,14 @@ def _token(nano: Config, wide: Sequence[Config]) -> Cases:
         experts(nano, 1, shared=True),
         experts(nano, 4),
         *projections[:2],
+        cases.router_case(nano, 3),
     ]
     speeds = [
         *(step(nano, 16, dtype) for dtype in ("float32", "float16")),
         experts(nano, 1),
         experts(nano, 1, shared=True),
         experts(nano, 4),
+        cases.router_case(nano, 1),
         *projections,
     ]
     return checks, speeds

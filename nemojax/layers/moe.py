@@ -19,6 +19,7 @@ from nemojax.segments import ALONE, Segments
 from nemojax.sharding import WHOLE, Shard
 from nemojax.specs import moe_specs
 from pallas_kernels.expert_mlp import takes_kernels, token_mlp
+from pallas_kernels.router import Rule, choose_experts
 
 
 class Routing(NamedTuple):
@@ -35,30 +36,30 @@ class Routing(NamedTuple):
     scores: Float[Array, "B T E"]
 
 
-def route(params: dict[str, Any], x: Float[Array, "B T D"], *, config: Config) -> Routing:
+def route(
+    params: dict[str, Any], x: Float[Array, "B T D"], *, config: Config, implementation: str | None = None
+) -> Routing:
     """Chooses experts, all in float32 (bf16 scores or bias change the choice).
 
     The correction bias (arXiv 2408.15664) takes part in the choice and not in the weights. With groups, the experts of
     the `topk_group` groups with the largest sum of two best biased scores are eligible.
     """
     logits = jnp.einsum("btd,ed->bte", x.astype(jnp.float32), params["gate"].astype(jnp.float32))
-    scores = jax.nn.sigmoid(logits)
-    choice = scores + params["correction_bias"].astype(jnp.float32)
-    if config.n_group > 1:
-        choice = _keep_best_groups(choice, config.n_group, config.topk_group)
-    _, ids = jax.lax.top_k(choice, config.num_experts_per_tok)
-    weights = jnp.take_along_axis(scores, ids, axis=-1)
-    if config.norm_topk_prob:
-        weights = weights / (weights.sum(axis=-1, keepdims=True) + 1e-20)
-    return Routing(ids, weights * config.routed_scaling_factor, scores)
+    rows, bias = rearrange(logits, "b t e -> (b t) e"), params["correction_bias"].astype(jnp.float32)
+    chosen = choose_experts(rows, bias, choice_rule(config), implementation=implementation)
+    ids, weights = (rearrange(a, "(b t) k -> b t k", b=x.shape[0]) for a in chosen)
+    return Routing(ids, weights, jax.nn.sigmoid(logits))
 
 
-def _keep_best_groups(choice, groups, keep):
-    grouped = rearrange(choice, "b t (g e) -> b t g e", g=groups)
-    best_two, _ = jax.lax.top_k(grouped, 2)
-    _, kept = jax.lax.top_k(best_two.sum(axis=-1), keep)
-    eligible = jax.nn.one_hot(kept, groups, dtype=bool).any(axis=-2)
-    return rearrange(jnp.where(eligible[..., None], grouped, -jnp.inf), "b t g e -> b t (g e)")
+def choice_rule(config: Config) -> Rule:
+    """How the router of a model chooses."""
+    return Rule(
+        chosen=config.num_experts_per_tok,
+        groups=config.n_group,
+        kept=config.topk_group,
+        normalise=config.norm_topk_prob,
+        scale=config.routed_scaling_factor,
+    )
 
 
 def moe(
@@ -81,12 +82,12 @@ def moe(
       state: None; experts have no sequence state.
       config: the model's configuration.
       segments: not used.
-      implementation: of the expert kernel; None for the default.
+      implementation: of the kernels; None for the default.
       shard: which experts, hidden units and rows these are.
     """
     del state, segments
     with jax.named_scope("router"):
-        routing = route(params, x, config=config)
+        routing = route(params, x, config=config, implementation=implementation)
     part = shard.part_dtype(x.dtype)
     shared = params["shared_up_proj"], params["shared_down_proj"]
     if _together(params, x, config, shard, implementation):

@@ -1,7 +1,7 @@
 """The experts of a few tokens on Hopper: nothing is sorted, and the weights are read at the speed of memory.
 
 Both products are those of `pallas_kernels/matvec/mosaic_gpu.py`, with a matrix for each (row, expert) pair. It meets
-all rows, but the factors of the first product are zero except for the pair's own: so the second may sum over all pairs.
+all rows, but the first product is zero except for the pair's own row: so the second may sum over all pairs.
 By that an inf or NaN among the weights of `down` reaches all rows; one of x or of `up` stays in its row.
 """
 
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from pallas_kernels.choice import with_gradient_of
 from pallas_kernels.expert_mlp import xla
 from pallas_kernels.matvec import mosaic_gpu as matvec
-from pallas_kernels.matvec.mosaic_gpu import Stack
+from pallas_kernels.matvec.mosaic_gpu import Factors, Stack
 from pallas_kernels.persistent import DEPTH
 from pallas_kernels.tiles import pad_to
 
@@ -29,14 +29,11 @@ def _forward(x, up, down, ids, weights, shared=None):
     """See `api.token_mlp`."""
     rows, chosen = ids.shape
     pairs, x = ids.reshape(-1), pad_to(x, 0)
-    own = jnp.arange(pairs.size)[:, None] // chosen == jnp.arange(x.shape[0])
-    factors = jnp.where(own, weights.reshape(-1, 1), 0.0)
     ups, downs = [Stack(up, pairs)], [Stack(down, pairs)]
     if shared is not None:
         for stacks, matrix in zip((ups, downs), shared, strict=True):
             stacks.append(Stack(matrix[None], jnp.zeros(1, jnp.int32)))
-        factors = jnp.pad(factors, ((0, 1), (0, 0)), constant_values=1.0)
-    hidden = matvec.rows_dot(ups, x, x.dtype, _relu_squared, factors)
+    hidden = matvec.rows_dot(ups, x, x.dtype, _relu_squared, Factors(weights.reshape(-1), chosen))
     return matvec.columns_dot(downs, hidden)[:rows]
 
 

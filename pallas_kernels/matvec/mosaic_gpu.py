@@ -1,6 +1,6 @@
 """Products of a few rows with matrices of stacks, for Hopper (Mosaic GPU): weights at the speed of memory.
 
-    rows_dot      y[k, r, f] = act(sum_l x[r, l] w[index[k], f, l]) factors[k, r]
+    rows_dot      y[k, r, f] = act(sum_l x[r, l] w[index[k], f, l]) [* factors[k] if r is k's row, else 0]
     columns_dot   y[r, l] = sum_k sum_f h[k, r, f] w[index[k], f, l]
 
 A token in decoding takes both with the experts that it chose; a projection is the first, with a stack of one. Several
@@ -49,6 +49,18 @@ class Stack(NamedTuple):
 
     matrices: jax.Array
     index: jax.Array
+
+
+class Factors(NamedTuple):
+    """What becomes of a product with the matrices of the first stack.
+
+    Attributes:
+      values: float32 [K]: of each matrix, for its row.
+      each: matrices of a row: the first so many belong to row 0, and so on; for other rows the product is zero.
+    """
+
+    values: jax.Array
+    each: int
 
 
 def supports(x: jax.Array, *matrices: jax.Array) -> str | None:
@@ -115,24 +127,20 @@ def rows_dot(
     x: jax.Array,
     dtype: Any,
     activation: Callable = lambda sums: sums,
-    factors: jax.Array | None = None,
+    factors: Factors | None = None,
 ) -> list[jax.Array]:
-    """See above: x [R, L]; one result [K, R, F] in `dtype` for each stack.
-
-    factors: float32 [K, R], of all stacks one after the other; None for ones.
-    """
+    """See above: x [R, L]; one result [K, R, F] in `dtype` for each stack."""
     wanted, count, x = x.shape[0], len(stacks), pad_to(x, 0)
     rows = x.shape[0]
     blocks = tuning.by_rows([(s.index.shape[0], s.matrices.shape[1]) for s in stacks])
     places = _Places.of(stacks, blocks.columns)
     steps = pl.cdiv(x.shape[1], blocks.depth)
-    given = [] if factors is None else [jnp.pad(factors, ((0, 0), (0, MATRIX_ROWS - factors.shape[1])))]
-    before = [0, *itertools.accumulate(s.index.shape[0] for s in stacks)]
+    given = [] if factors is None else [factors.values]
 
     def matvec_rows(*refs):
         refs = iter(refs)
         take = lambda n: list(itertools.islice(refs, n))
-        indices, factors, matrices, (x,), outs, (ring, slot) = map(take, (count, len(given), count, 1, count, 2))
+        indices, values, matrices, (x,), outs, (ring, slot) = map(take, (count, len(given), count, 1, count, 2))
 
         def item_at(number):
             which, pair, matrix, column = places.at(number, indices)
@@ -149,11 +157,12 @@ def rows_dot(
 
         def finish(item, thread, top, acc):
             y = activation(acc)
-            for f in factors:
-                number = item.pair + sum(jnp.where(item.which == i, n, 0) for i, n in enumerate(before[:-1]))
-                own = plgpu.load(f.at[number], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
-                own = lax.broadcast_in_dim(own, y.shape, (0,))
-                y = jnp.where(own == 0.0, 0.0, y * own)  # what other rows overflow to is none of this row's business
+            for f in values:
+                row = plgpu.broadcasted_iota(jnp.int32, y.shape, 0, layout=plgpu.Layout.WGMMA)
+                first, own = item.which == 0, lax.div(item.pair, factors.each)
+                # Zero whatever other rows are, so that none of them can overflow into this one.
+                scaled = jnp.where(row == own, y * f[jnp.where(first, item.pair, 0)], 0.0)
+                y = jnp.where(first, scaled, y)
             _put(y, slot)
             _of(item.which, [lambda o=o: _send_rows(slot, o.at[item.pair], item.column * blocks.columns) for o in outs])
 

@@ -16,7 +16,7 @@ from pallas_kernels.ssd import tuning as ssd_tuning
 TOKENS, BF16, F32 = 8192, 2, 4
 MAMBA = {"causal_conv1d": 1, "ssd_steps": 1, "ssd_piece_states": 1, "ssd_scan": 1}
 ATTENTION = {"attention_forward": 1}
-EXPERTS = {"expert_mlp_to_rows": 1, "expert_mlp_to_tiles": 1}
+EXPERTS = {"choose_experts": 1, "expert_mlp_to_rows": 1, "expert_mlp_to_tiles": 1}
 # What the gradient of a layer calls, its forward pass included.
 MAMBA_GRADIENT = MAMBA | {
     "causal_conv1d_gradient": 1,
@@ -26,7 +26,7 @@ MAMBA_GRADIENT = MAMBA | {
     "ssd_chunk_gradients": 1,
 }
 ATTENTION_GRADIENT = ATTENTION | {"attention_dq": 1, "attention_dkv": 1}
-EXPERTS_GRADIENT = {"expert_mlp_per_expert": 2, "expert_mlp_to_rows": 1, "expert_mlp_to_tiles": 2}
+EXPERTS_GRADIENT = EXPERTS | {"expert_mlp_per_expert": 2, "expert_mlp_to_tiles": 2}
 
 
 @functools.cache
@@ -43,9 +43,10 @@ def check(report, calls):
     assert report.calls == calls
     for kernel in report.kernels:
         assert kernel.spill_bytes == 0 and kernel.shared_memory <= SHARED_MEMORY_LIMIT, kernel
-        # A single token's state goes straight to registers. The convolution and the steps multiply no matrices.
-        assert kernel.tma > 0 or kernel.name == "mamba_step", kernel
-        assert kernel.wgmma > 0 or kernel.name.startswith(("causal_conv1d", "ssd_steps", "mamba_step")), kernel
+        # A single token's state and logits go straight to registers. These and the convolution multiply no matrices.
+        assert kernel.tma > 0 or kernel.name in ("mamba_step", "choose_experts"), kernel
+        vectors = ("causal_conv1d", "ssd_steps", "mamba_step", "choose_experts")
+        assert kernel.wgmma > 0 or kernel.name.startswith(vectors), kernel
 
 
 def projected_width(c):
@@ -131,7 +132,7 @@ def test_decode_of_experts(batch):
     """At one token the routed experts and the shared one are two launches: hidden units of 8 rows, 3 parts of a sum."""
     report, c = layer(NANO, "E", 1, batch), NANO
     if batch == 1:
-        check(report, {"matvec_columns": 1, "matvec_rows": 1})
+        check(report, {"choose_experts": 1, "matvec_columns": 1, "matvec_rows": 1})
         hidden = c.num_experts_per_tok * c.moe_intermediate_size + c.moe_shared_expert_intermediate_size
         expected = 8 * (BF16 * hidden + 3 * F32 * c.hidden_size)
     else:

@@ -10,7 +10,7 @@ from tiny import assert_close
 
 from pallas_kernels import persistent
 from pallas_kernels.matvec import dot_rows, mosaic_gpu, tuning
-from pallas_kernels.matvec.mosaic_gpu import Stack
+from pallas_kernels.matvec.mosaic_gpu import Factors, Stack
 from pallas_kernels.tiles import pad_to
 
 pytestmark = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the interpreter needs jax 0.11")
@@ -55,14 +55,15 @@ CASES = {
 @pytest.mark.parametrize("scaled", [False, True], ids=["plain", "squares-times-factors"])
 def test_rows_dot(rows, columns, stacks, scaled, races_found):
     x, made = as_bfloat16(random(0, rows, columns)), made_of(stacks, columns)
-    factors = random(9, sum(len(s.index) for s in made), rows)
-    more = (jnp.square, jnp.asarray(factors)) if scaled else ()
+    count = len(made[0].index)
+    each = -(-count // rows)
+    factors, own = random(9, count), np.arange(count)[:, None] // each == np.arange(rows)
+    more = (jnp.square, Factors(jnp.asarray(factors), each)) if scaled else ()
     outs = jax.jit(lambda stacks, x: mosaic_gpu.rows_dot(stacks, x, jnp.float32, *more))(made, x)
-    for stack, y in zip(made, outs, strict=True):
-        expected = np.einsum("kfl,rl->krf", exact(stack.matrices)[stack.index], exact(x))
-        if scaled:
-            expected = expected**2 * exact(factors[: len(stack.index), :, None])
-            factors = factors[len(stack.index) :]
+    for i, (stack, y) in enumerate(zip(made, outs, strict=True)):
+        expected = np.einsum("kfl,rl->krf", exact(stack.matrices)[stack.index], exact(x)) ** (2 if scaled else 1)
+        if scaled and i == 0:
+            expected = expected * exact(np.where(own, factors[:, None], 0.0))[..., None]
         assert y.shape == expected.shape
         assert_close(y, expected, 1e-6)
     assert not races_found()

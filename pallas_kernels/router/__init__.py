@@ -1,0 +1,3 @@
+from pallas_kernels.router.api import Rule, choose_experts
+
+__all__ = ["Rule", "choose_experts"]

@@ -1,0 +1,62 @@
+"""The choice of experts: from a router's logits to the best experts of each row and their weights."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.choice import by_platform, choose
+from pallas_kernels.router import mosaic_gpu, reference, xla
+
+IMPLEMENTATIONS = {
+    "xla": xla.choose_experts,
+    "mosaic_gpu": mosaic_gpu.choose_experts,
+    "reference": reference.choose_experts,
+}
+
+
+class Rule(NamedTuple):
+    """How a router chooses.
+
+    Attributes:
+      chosen: experts of a row, K.
+      groups: into which the experts are divided, each a stretch of them. kept: groups that are eligible, those with the
+        largest sum of their two best.
+      normalise: whether the weights of a row sum to `scale`, or are the scores times `scale`.
+    """
+
+    chosen: int
+    groups: int = 1
+    kept: int = 1
+    normalise: bool = True
+    scale: float = 1.0
+
+
+def choose_experts(
+    logits: Float[Array, "R E"], bias: Float[Array, " E"], rule: Rule, *, implementation: str | None = None
+) -> tuple[Int[Array, "R K"], Float[Array, "R K"]]:
+    """The experts with the largest `sigmoid(logits) + bias` of each row, and weights from their scores alone.
+
+    Of equals, the first is taken. The bias (arXiv 2408.15664) takes part in the choice and not in the weights.
+
+    Args:
+      logits, bias: float32, the bias finite.
+      implementation: `"mosaic_gpu"` (Hopper), `"xla"`, `"reference"`, or None for the default
+        (`pallas_kernels.choice`).
+
+    Returns:
+      ids, best first, int32; weights, float32. Where logits are NaN, so are the weights, and the ids are unspecified
+      but of experts that exist.
+
+    Raises:
+      ValueError: sizes that do not belong together; a named implementation that cannot run on such arrays.
+    """
+    experts = logits.shape[1]
+    if not 0 < rule.chosen <= experts or experts % rule.groups or not 0 < rule.kept <= rule.groups:
+        raise ValueError(f"choose_experts: {experts} experts do not fit {rule}")
+    refusals = {"mosaic_gpu": mosaic_gpu.supports(logits)}
+    best = by_platform(*(functools.partial(run.choose_experts, rule=rule) for run in (mosaic_gpu, xla)))
+    run = choose("choose_experts", IMPLEMENTATIONS, implementation, refusals, lambda *a: best(*a[:2]))
+    return run(logits, bias, rule)
