@@ -1,7 +1,8 @@
 """Matrix products for Hopper as persistent kernels: one thread block a multiprocessor, walking over a list of items.
 
-A producer warpgroup fills a ring of stages by TMA, two tiles a stage; it runs ahead across items, so the ring never
-drains. One or two consumer warpgroups multiply: wgmma reads both tiles from shared memory.
+A producer warpgroup fills a ring of stages by TMA, a tile of each operand in a stage, or of the second alone where the
+first is small and stays; it runs ahead across items, so the ring never drains. One or two consumer warpgroups multiply:
+wgmma reads both operands from shared memory.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class Blocks(Protocol):
 
 
 class Ring(NamedTuple):
-    """The buffers between producer and consumers."""
+    """The buffers between producer and consumers; `a` is None where only the second operand passes through."""
 
     a: Any
     b: Any
@@ -58,11 +59,21 @@ class Ring(NamedTuple):
     empty: Any
 
 
-def run(ring: Ring, count, item_at: Callable, load: Callable, product: Callable, finish: Callable, blocks):
+def run(
+    ring: Ring,
+    count,
+    item_at: Callable,
+    load: Callable,
+    product: Callable,
+    finish: Callable,
+    blocks: Blocks,
+    prepare: Callable = lambda: None,
+):
     """Runs all items of this thread block.
 
-    `load(item, k, slot, barrier)` starts both copies of step k; `product(acc, slot, rows)` multiplies these rows of the
-    tile; `finish(item, thread, top, acc)` stores the sums of 64 rows from `top` on.
+    `load(item, k, slot, barrier)` starts the copies of step k; `product(acc, slot, rows, k)` multiplies these rows of
+    the tile; `finish(item, thread, top, acc)` stores the sums of 64 rows from `top` on. `prepare()` is what consumers
+    do first, while the ring fills.
     """
     block, thread = lax.axis_index("block"), lax.axis_index("thread")
     mine = lax.div(count - block + SMS - 1, SMS)
@@ -77,6 +88,7 @@ def run(ring: Ring, count, item_at: Callable, load: Callable, product: Callable,
     @pl.when(thread < consumers)
     def _():
         plgpu.set_max_registers(_CONSUMER_REGISTERS[consumers], action="increase")
+        prepare()
         _consume(ring, mine, at, product, finish, thread, blocks)
 
 
@@ -121,7 +133,7 @@ def _consume(ring, mine, item_at, product, finish, thread, blocks):
                 @pl.loop(0, item.steps)
                 def _(k):
                     plgpu.barrier_wait(ring.full.at[slot_of(k)])
-                    product(acc, slot_of(k), pl.ds(pl.multiple_of(top, MATRIX_ROWS), MATRIX_ROWS))
+                    product(acc, slot_of(k), pl.ds(pl.multiple_of(top, MATRIX_ROWS), MATRIX_ROWS), k)
                     plgpu.wgmma_wait(blocks.in_flight)
                     if blocks.in_flight:
                         pl.when(k > 0)(lambda: release(k - 1))
@@ -153,7 +165,7 @@ def launch(
     operands: Sequence[Any],
     out: Any,
     blocks: Blocks,
-    tiles: tuple[tuple[int, int], tuple[int, int]],
+    tiles: tuple[tuple[int, int] | None, tuple[int, int]],
     scratch: Sequence[Any],
     *,
     exact_layouts: bool = False,
@@ -162,7 +174,7 @@ def launch(
 
     Args:
       out: shape and dtype of the result, or a tuple of such.
-      tiles: shapes of both tiles of a stage, in the dtype of the last operand.
+      tiles: shapes of both tiles of a stage, in bfloat16; None for a first operand that is not in the ring.
       exact_layouts: shared memory is laid out as it is declared; else the compiler may tile what is not.
     """
     semantics = plgpu.LoweringSemantics.Lane if exact_layouts else plgpu.LoweringSemantics.Warpgroup
@@ -173,7 +185,7 @@ def launch(
         inputs, (a, b, full, empty, *rest) = refs[: len(operands) + results], refs[len(operands) + results :]
         body(*inputs, Ring(a, b, full, empty), *rest)
 
-    dtype, stages = operands[-1].dtype, blocks.stages
+    stages = blocks.stages
     return plgpu.kernel(
         unpacked,
         out_type=out,
@@ -184,8 +196,8 @@ def launch(
         kernel_name=body.__name__,
         compiler_params=parameters,
         scratch_types=[
-            *(swizzled(dtype, stages, *shape) for shape in tiles),
-            plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+            *(None if shape is None else swizzled(jnp.bfloat16, stages, *shape) for shape in tiles),
+            plgpu.Barrier(num_arrivals=sum(shape is not None for shape in tiles), num_barriers=stages),
             plgpu.Barrier(num_arrivals=blocks.consumers, num_barriers=stages),
             *scratch,
         ],

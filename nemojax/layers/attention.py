@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 from nemojax import sequence
 from nemojax.cache import AttentionState
 from nemojax.config import Config
+from nemojax.layers.norm import Input
 from nemojax.layers.project import project_back, projects
 from nemojax.layers.shell import declare
 from nemojax.segments import ALONE, Segments, write_slots
@@ -21,7 +22,7 @@ from pallas_kernels.flash_attention import flash_attention
 
 def attention(
     params: dict[str, Any],
-    x: Float[Array, "B T D"],
+    x: Input,
     state: AttentionState | None = None,
     *,
     config: Config,
@@ -33,7 +34,7 @@ def attention(
 
     Args:
       params: leaves of `specs.attention_specs`.
-      x: normalised input.
+      x: input, normalised or to be normalised.
       state: key and value slots of earlier calls, or None.
       config: the model's configuration.
       segments: documents and padding; `start` and `slots` belong to `state`.

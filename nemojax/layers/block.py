@@ -12,7 +12,7 @@ from nemojax.layers.attention import attention
 from nemojax.layers.mamba2 import mamba2
 from nemojax.layers.mlp import mlp
 from nemojax.layers.moe import moe
-from nemojax.layers.norm import rms_norm
+from nemojax.layers.norm import Normed
 from nemojax.segments import ALONE, Segments
 from nemojax.sharding import WHOLE, Shard
 
@@ -45,7 +45,7 @@ def block(
     shard: Shard = WHOLE,
 ) -> BlockOutput:
     """Runs the layer of letter `kind`. See the mixers for the arguments."""
-    normed = rms_norm(x, params["norm"], config.layer_norm_epsilon)
+    normed = Normed(x, params["norm"], config.layer_norm_epsilon, x.dtype)
     with jax.named_scope(MIXERS[kind].__name__):
         y, state = MIXERS[kind](
             params["mixer"],

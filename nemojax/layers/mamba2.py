@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from nemojax import sequence
 from nemojax.cache import MambaState
 from nemojax.config import Config
-from nemojax.layers.norm import gated_rms_norm, scaled
+from nemojax.layers.norm import Input, Normed, gated_rms_norm
 from nemojax.layers.project import project, project_back
 from nemojax.layers.shell import declare
 from nemojax.segments import ALONE, Segments
@@ -31,7 +31,7 @@ _LOOP_FROM_TOKENS = 64
 
 def mamba2(
     params: dict[str, Any],
-    x: Float[Array, "B T D"],
+    x: Input,
     state: MambaState | None = None,
     *,
     config: Config,
@@ -43,7 +43,7 @@ def mamba2(
 
     Args:
       params: leaves of `specs.mamba2_specs`.
-      x: normalised input.
+      x: input, normalised or to be normalised.
       state: state before the first token, or None for the start of a document.
       config: the model's configuration.
       segments: documents and padding.
@@ -58,7 +58,7 @@ def mamba2(
     mix = _token if x.shape[1] == 1 and state is not None and not shard.tokens_split else _tokens
     y, state = mix(params, projected, state, config, segments, implementation, shard)
     with jax.named_scope("out_proj"):
-        y = project_back(y.astype(x.dtype), params["out_proj"], shard.part_dtype(x.dtype), implementation)
+        y = project_back(y, params["out_proj"], shard.part_dtype(x.dtype), implementation)
     return shard.sum_parts(y, x.dtype), state
 
 
@@ -80,9 +80,8 @@ def _token(params, projected, state, config, segments, implementation, shard):
             place=number(segments.start, 0),
             implementation=implementation,
         )
-    with jax.named_scope("gated_norm"):
-        y = scaled(gated, squares[..., None], params["norm"], config.layer_norm_epsilon)
-    return y[:, None], MambaState(*after)
+    eps, dtype = config.layer_norm_epsilon, projected.dtype
+    return Normed(gated[:, None], params["norm"], eps, dtype, squares[:, None]), MambaState(*after)
 
 
 def _tokens(params, projected, state, config, segments, implementation, shard):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from nemojax.config import Config
+from nemojax.layers.norm import Input, Normed
 from nemojax.layers.project import dot_columns, dot_rows
 from nemojax.layers.shell import declare
 from nemojax.segments import ALONE, Segments
@@ -19,26 +20,27 @@ from pallas_kernels.expert_mlp import takes_kernels, token_mlp
 
 
 def relu2_mlp(
-    x: Float[Array, "B T D"],
+    x: Input,
     up: Float[Array, "F D"],
     down: Float[Array, "F D"],
     dtype: Any = None,
     implementation: str | None = None,
 ) -> Float[Array, "B T D"]:
     """`relu(x up^T)^2 down` in `dtype`, default that of `x` (squared ReLU, arXiv 2109.08668)."""
-    one = (x[0], up[None], down[None])
-    if x.shape[:2] == (1, 1) and takes_kernels(*one, implementation=implementation):
-        # An expert that the token takes: XLA sums the columns of `down` at a quarter of the memory's speed.
-        only = (jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), jnp.float32))
-        y = token_mlp(*one, *only, implementation=implementation)
-        return y[None].astype(dtype or x.dtype)
+    if x.shape[:2] == (1, 1):
+        rows, norm = x.rows() if isinstance(x, Normed) else (x[0], None)
+        if takes_kernels(rows, up, norm=norm, implementation=implementation):
+            # An expert that the token takes: XLA sums the columns of `down` at a quarter of the memory's speed.
+            only = (jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), jnp.float32))
+            y = token_mlp(rows, up[None], down[None], *only, norm=norm, implementation=implementation)
+            return y[None].astype(dtype or x.dtype)
     hidden = jnp.square(jax.nn.relu(dot_rows(x, up, implementation=implementation)))
     return dot_columns(hidden, down, dtype)
 
 
 def mlp(
     params: dict[str, Any],
-    x: Float[Array, "B T D"],
+    x: Input,
     state: None = None,
     *,
     config: Config,

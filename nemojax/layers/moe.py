@@ -14,6 +14,7 @@ from nemojax.config import Config
 from nemojax.dispatch import dispatch
 from nemojax.dispatch.local import FEW_PAIRS
 from nemojax.layers.mlp import relu2_mlp
+from nemojax.layers.norm import Input, Normed, value
 from nemojax.layers.shell import declare
 from nemojax.segments import ALONE, Segments
 from nemojax.sharding import WHOLE, Shard
@@ -64,7 +65,7 @@ def choice_rule(config: Config) -> Rule:
 
 def moe(
     params: dict[str, Any],
-    x: Float[Array, "B T D"],
+    x: Input,
     state: None = None,
     *,
     config: Config,
@@ -78,7 +79,7 @@ def moe(
 
     Args:
       params: leaves of `specs.moe_specs`.
-      x: normalised input.
+      x: input, normalised or to be normalised.
       state: None; experts have no sequence state.
       config: the model's configuration.
       segments: not used.
@@ -86,16 +87,17 @@ def moe(
       shard: which experts, hidden units and rows these are.
     """
     del state, segments
+    few, x = x, value(x)
     with jax.named_scope("router"):
         routing = route(params, x, config=config, implementation=implementation)
     part = shard.part_dtype(x.dtype)
     shared = params["shared_up_proj"], params["shared_down_proj"]
-    if _together(params, x, config, shard, implementation):
+    rows, norm = few.rows() if isinstance(few, Normed) else (rearrange(x, "b t d -> (b t) d"), None)
+    if _together(params, rows, norm, config, shard, implementation):
         with jax.named_scope("experts"):
-            rows = (rearrange(a, "b t k -> (b t) k") for a in (x, routing.ids, routing.weights))
-            u, ids, weights = rows
             experts = params["experts_up_proj"], params["experts_down_proj"]
-            y = token_mlp(u, *experts, ids, weights, shared, implementation=implementation).reshape(x.shape)
+            chosen = (rearrange(a, "b t k -> (b t) k") for a in (routing.ids, routing.weights))
+            y = token_mlp(rows, *experts, *chosen, shared, norm=norm, implementation=implementation).reshape(x.shape)
         return shard.sum_parts(y.astype(part), x.dtype), routing
     with jax.named_scope("experts"):
         u = x
@@ -117,13 +119,13 @@ def moe(
         return shard.sum_parts(y, x.dtype), routing
 
 
-def _together(params, x, config, shard, implementation):
+def _together(params, rows, norm, config, shard, implementation):
     """Whether one kernel takes the routed experts and the shared one: they read the same few rows."""
     if config.moe_latent_size is not None or shard.expert is not None:
         return False
     weights = params["experts_up_proj"], params["shared_up_proj"]
-    pairs = x.shape[0] * x.shape[1] * config.num_experts_per_tok
-    return pairs <= FEW_PAIRS and takes_kernels(x.reshape(-1, x.shape[-1]), *weights, implementation=implementation)
+    pairs = rows.shape[0] * config.num_experts_per_tok
+    return pairs <= FEW_PAIRS and takes_kernels(rows, *weights, norm=norm, implementation=implementation)
 
 
 def _from_experts(params, y, dtype, config, shard):

@@ -7,6 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.choice import by_platform, choose, on_hopper
 from pallas_kernels.expert_mlp import mosaic_gpu, mosaic_tokens, reference, xla
+from pallas_kernels.norm import Norm
 
 IMPLEMENTATIONS = {"xla": xla.expert_mlp, "mosaic_gpu": mosaic_gpu.expert_mlp, "reference": reference.expert_mlp}
 TOKEN_IMPLEMENTATIONS = {"xla": xla.token_mlp, "mosaic_gpu": mosaic_tokens.token_mlp, "reference": reference.token_mlp}
@@ -27,11 +28,13 @@ _best.defvjp(
 _best_for_tokens = by_platform(mosaic_tokens.token_mlp, xla.token_mlp, xla.gathered)
 
 
-def takes_kernels(x: jax.Array, *weights: jax.Array, implementation: str | None) -> bool:
+def takes_kernels(
+    x: jax.Array, *weights: jax.Array, norm: Norm | None = None, implementation: str | None = None
+) -> bool:
     """Whether `implementation` means the Hopper kernels of `token_mlp` for such arrays."""
     if implementation is not None:
         return implementation == "mosaic_gpu"
-    return on_hopper("token_mlp", mosaic_tokens.supports(x, *weights))
+    return on_hopper("token_mlp", mosaic_tokens.supports(x, *weights, norm=norm))
 
 
 def expert_mlp(
@@ -78,6 +81,7 @@ def token_mlp(
     weights: Float[Array, "R K"],
     shared: tuple[Float[Array, "S L"], Float[Array, "S L"]] | None = None,
     *,
+    norm: Norm | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "R L"]:
     """`y[r] = sum_k weights[r, k] * relu(x[r] up[e]^T)^2 down[e]` with e = ids[r, k]: for a few tokens, nothing sorted.
@@ -86,6 +90,7 @@ def token_mlp(
       x: one row a token. up, down: see `expert_mlp`.
       ids: experts of each row. weights: router weight of each, float32.
       shared: `up` and `down` of an expert that every row takes, with weight 1.
+      norm: of x, if it has to be normalised first.
       implementation: `"mosaic_gpu"` (Hopper, up to 64 rows), `"xla"`, `"reference"`, or None for the default
         (`pallas_kernels.choice`).
 
@@ -102,6 +107,6 @@ def token_mlp(
             f"token_mlp: x {x.shape}, up {up.shape}, down {down.shape}, shared {shared and [a.shape for a in shared]}, "
             f"ids {ids.shape} and weights {weights.shape} do not fit together"
         )
-    reason = mosaic_tokens.supports(x, up, down, *(shared or ())) if ids.size else "no row has an expert"
+    reason = mosaic_tokens.supports(x, up, down, *(shared or ()), norm=norm) if ids.size else "no row has an expert"
     run = choose("token_mlp", TOKEN_IMPLEMENTATIONS, implementation, {"mosaic_gpu": reason}, _best_for_tokens)
-    return run(x, up, down, ids, weights, shared)
+    return run(x, up, down, ids, weights, shared, norm)

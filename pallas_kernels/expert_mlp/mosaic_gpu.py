@@ -199,7 +199,7 @@ def to_tiles(rows, weights, plan: Plan, activation: Callable) -> jax.Array:
             column = cut(item.column, blocks.columns)
             plgpu.copy_gmem_to_smem(weights.at[item.expert, column, part], ring.b.at[slot], full)
 
-        def product(acc, slot, part):
+        def product(acc, slot, part, k):
             plgpu.wgmma(acc, ring.a.at[slot, part], ring.b.at[slot].transpose((1, 0)))
 
         def finish(item, thread, top, acc):
@@ -235,7 +235,7 @@ def to_rows(tiles, weights, plan: Plan, scale, dtype) -> jax.Array:
             column = cut(item.column, blocks.columns)
             plgpu.copy_gmem_to_smem(weights.at[item.expert, part, column], ring.b.at[slot], full)
 
-        def product(acc, slot, part):
+        def product(acc, slot, part, k):
             plgpu.wgmma(acc, ring.a.at[slot, part], ring.b.at[slot])
 
         def finish(item, thread, top, acc):
@@ -281,7 +281,7 @@ def per_expert(tiles, rows, plan: Plan, experts: int) -> jax.Array:
             plgpu.copy_gmem_to_smem(tiles.at[part(item.place), band], ring.a.at[slot], full)
             plgpu.copy_gmem_to_smem(rows.at[part(item.row), column], ring.b.at[slot], full)
 
-        def product(acc, slot, part):
+        def product(acc, slot, part, k):
             plgpu.wgmma(acc, ring.a.at[slot, :, part].transpose((1, 0)), ring.b.at[slot])
 
         def finish(item, thread, top, acc):

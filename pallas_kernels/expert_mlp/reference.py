@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.norm import normalised
+
 
 def _every_expert(x, up, down):
     """[R, E, L]: each expert on each row, in float32 but for the rounding of the hidden units to x's dtype."""
@@ -22,8 +24,9 @@ def expert_mlp(x, up, down, weights, group_sizes):
     return y.astype(x.dtype)
 
 
-def token_mlp(x, up, down, ids, weights, shared=None):
+def token_mlp(x, up, down, ids, weights, shared=None, norm=None):
     """See `api.token_mlp`."""
+    x = normalised(x, norm)
     chosen = jnp.take_along_axis(_every_expert(x, up, down), ids[..., None], axis=1)
     y = (chosen * weights[..., None]).sum(axis=1)
     return y if shared is None else y + _every_expert(x, *(w[None] for w in shared))[:, 0]

@@ -17,14 +17,16 @@ import jax.numpy as jnp
 from pallas_kernels import matvec
 from pallas_kernels.choice import with_gradient_of
 from pallas_kernels.matvec import cpu
+from pallas_kernels.norm import normalised
 
 # Large blocks run near the machine's matrix rate, small ones waste little on the rest; the choice follows the mean
 # number of rows an expert has.
 BLOCKS = ((384, 48), (192, 48), (64, 16), (16, 8))
 
 
-def token_mlp(x, up, down, ids, weights, shared=None):
+def token_mlp(x, up, down, ids, weights, shared=None, norm=None):
     """See `api.token_mlp`."""
+    x = normalised(x, norm)
     if not cpu.fits(*up.shape[1:]):
         return gathered(x, up, down, ids, weights, shared)
     row_by_row = with_gradient_of(gathered, _row_by_row)
@@ -41,8 +43,9 @@ def _row_by_row(x, up, down, ids, weights, shared):
     return jax.lax.map(row, (x, ids, weights)) + _shared(x, shared)
 
 
-def gathered(x, up, down, ids, weights, shared=None):
+def gathered(x, up, down, ids, weights, shared=None, norm=None):
     """`token_mlp` with copies of the chosen experts' weights."""
+    x = normalised(x, norm)
     up, down = (w.at[ids].get(mode="promise_in_bounds") for w in (up, down))
     hidden = jnp.einsum("rkfl,rl->rkf", up, x, preferred_element_type=jnp.float32)
     # With the router weight on this side, one product sums over experts and hidden units at once.

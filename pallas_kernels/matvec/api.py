@@ -9,23 +9,30 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.choice import by_platform, choose
 from pallas_kernels.matvec import mosaic_gpu, reference, xla
+from pallas_kernels.norm import Norm
 
 IMPLEMENTATIONS = {"xla": xla.dot_rows, "mosaic_gpu": mosaic_gpu.dot_rows, "reference": reference.dot_rows}
 FEW_ROWS = 8  # up to so many, the default on Hopper is its kernel; with more, matrix libraries do well
 
 
-def _best(x, weights, dtype):
-    fast, plain = (lambda *a, run=run: run(*a, dtype) for run in (mosaic_gpu.dot_rows, xla.dot_rows))
-    return by_platform(fast, plain)(x, weights)
+def _best(x, weights, dtype, norm):
+    fast, plain = (lambda x, w, norm, run=run: run(x, w, dtype, norm) for run in (mosaic_gpu.dot_rows, xla.dot_rows))
+    return by_platform(fast, plain)(x, weights, norm)
 
 
 def dot_rows(
-    x: Float[Array, "R D"], weights: Sequence[Float[Array, "_ D"]], dtype: Any, *, implementation: str | None = None
+    x: Float[Array, "R D"],
+    weights: Sequence[Float[Array, "_ D"]],
+    dtype: Any,
+    *,
+    norm: Norm | None = None,
+    implementation: str | None = None,
 ) -> list[Float[Array, "R _"]]:
     """`y[r, o] = sum_d x[r, d] weight[o, d]` for each weight, summed in float32, in `dtype`.
 
     Args:
       weights: matrices, which may differ in O.
+      norm: of x, if it has to be normalised first.
       implementation: `"mosaic_gpu"` (Hopper, up to 64 rows), `"xla"`, `"reference"`, or None for the default
         (`pallas_kernels.choice`).
 
@@ -34,9 +41,11 @@ def dot_rows(
     """
     if not weights or any(w.ndim != 2 or w.shape[1] != x.shape[1] for w in weights):
         raise ValueError(f"dot_rows: x {x.shape} and weights {[w.shape for w in weights]} do not fit together")
-    refusals = {"mosaic_gpu": mosaic_gpu.supports(x, *weights)}
+    if norm is not None and (norm.weight.shape != x.shape[1:] or x.shape[1] % norm.groups):
+        raise ValueError(f"dot_rows: x {x.shape} does not fit a norm of {norm.weight.shape} in {norm.groups} groups")
+    refusals = {"mosaic_gpu": mosaic_gpu.supports(x, *weights, norm=norm)}
     best = _best if x.shape[0] <= FEW_ROWS else None
-    return choose("dot_rows", IMPLEMENTATIONS, implementation, refusals, best)(x, list(weights), dtype)
+    return choose("dot_rows", IMPLEMENTATIONS, implementation, refusals, best)(x, list(weights), dtype, norm)
 
 
 def dot_columns(h: Float[Array, "R F"], weight: Float[Array, "F D"], dtype: Any) -> Float[Array, "R D"]:

@@ -32,7 +32,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import persistent
 from pallas_kernels.choice import with_gradient_of
-from pallas_kernels.matvec import tuning, xla
+from pallas_kernels.matvec import resident, tuning, xla
+from pallas_kernels.norm import Norm, normalised
 from pallas_kernels.persistent import DEPTH, MATRIX_ROWS, cut
 from pallas_kernels.tiles import pad_to
 
@@ -63,10 +64,11 @@ class Factors(NamedTuple):
     each: int
 
 
-def supports(x: jax.Array, *matrices: jax.Array) -> str | None:
-    """Why these kernels cannot run on such rows and such matrices [..., F, L], or None if they can."""
-    if any(a.dtype != jnp.bfloat16 for a in (x, *matrices)):
-        return f"x is {x.dtype}, the matrices {', '.join(str(m.dtype) for m in matrices)}, but all must be bfloat16"
+def supports(x: jax.Array, *matrices: jax.Array, norm: Norm | None = None) -> str | None:
+    """Why these kernels cannot run on such rows, after a norm, and such matrices [..., F, L], or None if they can."""
+    dtypes = jnp.dtype(x.dtype if norm is None else norm.dtype), *(m.dtype for m in matrices)
+    if any(dtype != jnp.bfloat16 for dtype in dtypes):
+        return f"x is {dtypes[0]}, the matrices {', '.join(map(str, dtypes[1:]))}, but all must be bfloat16"
     if not 0 < x.shape[0] <= MATRIX_ROWS:
         return f"there are {x.shape[0]} rows, not 1 to {MATRIX_ROWS}"
     if x.shape[1] % DEPTH or any(m.shape[-2] % _ALIGN for m in matrices):
@@ -128,19 +130,29 @@ def rows_dot(
     dtype: Any,
     activation: Callable = lambda sums: sums,
     factors: Factors | None = None,
+    norm: Norm | None = None,
+    rows: int | None = None,
 ) -> list[jax.Array]:
-    """See above: x [R, L]; one result [K, R, F] in `dtype` for each stack."""
-    wanted, count, x = x.shape[0], len(stacks), pad_to(x, 0)
-    rows = x.shape[0]
-    blocks = tuning.by_rows([(s.index.shape[0], s.matrices.shape[1]) for s in stacks])
+    """See above: x [R, L]; one result [K, R, F] in `dtype` for each stack.
+
+    norm: of x, if it has to be normalised first. rows: of the result, at least R; those beyond are unspecified.
+    """
+    wanted, count, length = rows or x.shape[0], len(stacks), x.shape[1]
+    stays = resident.supports(x, norm) is None
+    x, norm = (resident.whole(x), norm) if stays else (pad_to(normalised(x, norm), 0), None)
+    held = resident.scratch(x, norm) if stays else []
+    counts = [(s.index.shape[0], s.matrices.shape[1]) for s in stacks]
+    blocks = tuning.by_rows(counts, length, resident.nbytes(x, norm) if stays else None)
     places = _Places.of(stacks, blocks.columns)
-    steps = pl.cdiv(x.shape[1], blocks.depth)
-    given = [] if factors is None else [factors.values]
+    steps = length // blocks.depth
+    values = [] if factors is None else [factors.values]
+    sources = [x, *([] if norm is None else [norm.weight])]
 
     def matvec_rows(*refs):
         refs = iter(refs)
         take = lambda n: list(itertools.islice(refs, n))
-        indices, values, matrices, (x,), outs, (ring, slot) = map(take, (count, len(given), count, 1, count, 2))
+        indices, values_in, matrices, inputs = map(take, (count, len(values), count, len(sources)))
+        outs, (ring, slot), held = take(count), take(2), list(refs)
 
         def item_at(number):
             which, pair, matrix, column = places.at(number, indices)
@@ -148,16 +160,22 @@ def rows_dot(
 
         def load(item, k, slot, full):
             part = cut(k, blocks.depth)
-            plgpu.copy_gmem_to_smem(x.at[:, part], ring.a.at[slot, pl.ds(0, rows)], full)
+            if not stays:
+                plgpu.copy_gmem_to_smem(inputs[0].at[:, part], ring.a.at[slot, pl.ds(0, x.shape[0])], full)
             weights = lambda m: m.at[item.matrix, cut(item.column, blocks.columns), part]
             _of(item.which, [lambda m=m: plgpu.copy_gmem_to_smem(weights(m), ring.b.at[slot], full) for m in matrices])
 
-        def product(acc, slot, part):
-            plgpu.wgmma(acc, ring.a.at[slot, part], ring.b.at[slot].transpose((1, 0)))
+        def product(acc, slot, part, k):
+            if not stays:
+                plgpu.wgmma(acc, ring.a.at[slot, part], ring.b.at[slot].transpose((1, 0)))
+                return
+            for i in range(each := blocks.depth // DEPTH):
+                b = ring.b.at[slot, :, pl.ds(i * DEPTH, DEPTH)]
+                plgpu.wgmma(acc, resident.operand(held[0], k * each + i), b.transpose((1, 0)))
 
         def finish(item, thread, top, acc):
             y = activation(acc)
-            for f in values:
+            for f in values_in:
                 row = plgpu.broadcasted_iota(jnp.int32, y.shape, 0, layout=plgpu.Layout.WGMMA)
                 first, own = item.which == 0, lax.div(item.pair, factors.each)
                 # Zero whatever other rows are, so that none of them can overflow into this one.
@@ -166,13 +184,14 @@ def rows_dot(
             _put(y, slot)
             _of(item.which, [lambda o=o: _send_rows(slot, o.at[item.pair], item.column * blocks.columns) for o in outs])
 
-        persistent.run(ring, places.total, item_at, load, product, finish, blocks)
+        prepare = (lambda: resident.fill(inputs, *held, norm)) if stays else (lambda: None)
+        persistent.run(ring, places.total, item_at, load, product, finish, blocks, prepare)
 
     out = tuple(jax.ShapeDtypeStruct((s.index.shape[0], wanted, s.matrices.shape[1]), dtype) for s in stacks)
-    operands = (*(s.index for s in stacks), *given, *(s.matrices for s in stacks), x)
-    stage = (MATRIX_ROWS, blocks.depth), (blocks.columns, blocks.depth)
-    results = persistent.launch(matvec_rows, operands, out, blocks, stage, [_slot(blocks, dtype)], exact_layouts=True)
-    return list(results)
+    operands = (*(s.index for s in stacks), *values, *(s.matrices for s in stacks), *sources)
+    stage = None if stays else (MATRIX_ROWS, blocks.depth), (blocks.columns, blocks.depth)
+    scratch = [_slot(blocks, dtype), *held]
+    return list(persistent.launch(matvec_rows, operands, out, blocks, stage, scratch, exact_layouts=True))
 
 
 def columns_dot(stacks: Sequence[Stack], hidden: Sequence[jax.Array]) -> jax.Array:
@@ -206,7 +225,7 @@ def columns_dot(stacks: Sequence[Stack], hidden: Sequence[jax.Array]) -> jax.Arr
 
             _of(which, [lambda h=h, w=w: copy(h, w) for h, w in zip(hidden, matrices, strict=True)])
 
-        def product(acc, slot, part):
+        def product(acc, slot, part, k):
             plgpu.wgmma(acc, ring.a.at[slot, part], ring.b.at[slot])
 
         def finish(item, thread, top, acc):
@@ -258,11 +277,11 @@ def _send(slot, memory):
     plgpu.copy_smem_to_gmem(slot.at[pl.ds(0, memory.shape[0])], memory)
 
 
-def dot_rows(x, weights, dtype):
+def dot_rows(x, weights, dtype, norm):
     """See `api.dot_rows`."""
 
-    def run(x, weights):
+    def run(x, weights, norm):
         stacks = [Stack(w[None], jnp.zeros(1, jnp.int32)) for w in weights]
-        return [y[0] for y in rows_dot(stacks, x, dtype)]
+        return [y[0] for y in rows_dot(stacks, x, dtype, norm=norm)]
 
-    return with_gradient_of(lambda x, weights: xla.dot_rows(x, weights, dtype), run)(x, weights)
+    return with_gradient_of(lambda x, weights, norm: xla.dot_rows(x, weights, dtype, norm), run)(x, weights, norm)

@@ -43,8 +43,11 @@ class Blocks(NamedTuple):
         return 0
 
 
-def by_rows(counts: Sequence[tuple[int, int]]) -> Blocks:
-    """Blocks of products with the rows of matrices; counts: matrices of a stack, and rows of each."""
+def by_rows(counts: Sequence[tuple[int, int]], length: int, resident: int | None = None) -> Blocks:
+    """Blocks of products with the rows of matrices; counts: matrices of a stack, and rows of each; length: of a row.
+
+    resident: bytes of shared memory that hold the other operand; None where it passes through the ring.
+    """
 
     def cost(columns):
         items = sum(matrices * -(-rows // columns) for matrices, rows in counts)
@@ -52,7 +55,9 @@ def by_rows(counts: Sequence[tuple[int, int]]) -> Blocks:
 
     numbers = itertools.chain.from_iterable(counts)
     (columns,) = tuned("matvec rows", *numbers) or [min(range(16, _WIDEST + 1, 8), key=cost)]
-    return _with_stages(columns, DEPTH * -(-_COPY // (2 * DEPTH * columns)), 1)
+    wanted = -(-_COPY // (2 * DEPTH * columns))
+    depth = max(n for n in range(1, wanted + 1) if length // DEPTH % n == 0)
+    return _with_stages(columns, DEPTH * depth, 1, resident)
 
 
 def by_columns(steps: int, width: int) -> Blocks:
@@ -66,6 +71,7 @@ def by_columns(steps: int, width: int) -> Blocks:
     return _with_stages(DEPTH, DEPTH, parts)
 
 
-def _with_stages(columns, depth, parts):
-    stage, result = 2 * depth * (MATRIX_ROWS + columns), 4 * MATRIX_ROWS * columns
-    return Blocks(columns, depth, min(16, (SHARED_MEMORY - 2048 - result) // stage), parts)
+def _with_stages(columns, depth, parts, resident=None):
+    stage = 2 * depth * (columns + (MATRIX_ROWS if resident is None else 0))
+    taken = 2048 + 4 * MATRIX_ROWS * columns + (resident or 0)
+    return Blocks(columns, depth, min(16, (SHARED_MEMORY - taken) // stage), parts)

@@ -9,10 +9,12 @@ import jax.numpy as jnp
 
 from pallas_kernels.choice import with_gradient_of
 from pallas_kernels.matvec import cpu
+from pallas_kernels.norm import normalised
 
 
-def dot_rows(x, weights, dtype):
+def dot_rows(x, weights, dtype, norm=None):
     """See `api.dot_rows`."""
+    x = normalised(x, norm)
     return [_dot("rd,od->ro", x, w, cpu.rows_dot, dtype) for w in weights]
 
 

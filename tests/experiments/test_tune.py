@@ -29,8 +29,8 @@ def blocks():
         *(experts.blocks(128, width, 2) for width in (NANO.moe_intermediate_size, NANO.hidden_size)),
         attention.forward(1, 8192, 8192, heads, groups),
         attention.backward(1, 8192, 8192, heads, groups, False),
-        matvec.by_rows([(1, 4096), (1, 256), (1, 256)]),
-        matvec.by_rows([(6, 1856), (1, 3712)]),
+        matvec.by_rows([(1, 4096), (1, 256), (1, 256)], 2688),
+        matvec.by_rows([(6, 1856), (1, 3712)], 2688),
         matvec.by_columns(6 * 29 + 58, 2688),
         scan.plan(1, 8192, NANO.mamba_num_heads, 8, 64, 128, interpret=False),
     )

@@ -12,6 +12,7 @@ from tiny import assert_close
 
 from pallas_kernels import persistent
 from pallas_kernels.expert_mlp import expert_mlp, mosaic_gpu, reference, token_mlp, tuning
+from pallas_kernels.norm import Norm
 
 pytestmark = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the interpreter needs jax 0.11")
 
@@ -103,16 +104,19 @@ def test_gradients(races_found):
     assert not races_found()
 
 
+@pytest.mark.parametrize(
+    "norm", [None, Norm(jnp.full(FEATURES, 0.5, jnp.bfloat16), 1e-5, jnp.dtype(jnp.bfloat16))], ids=["plain", "normed"]
+)
 @pytest.mark.parametrize("shared", [None, 320], ids=["routed", "and-a-shared-one"])
-def test_token_mlp(shared, races_found):
+def test_token_mlp(shared, norm, races_found):
     """An expert may be chosen by two tokens, or by none; the shared one has a width of its own."""
     x, up, down, _ = arguments(2, 5)
     ids, weights = jnp.array([[4, 0, 2], [0, 1, 2]], jnp.int32), jnp.asarray(random(3, 2, 3))
     if shared is not None:
         shared = tuple(as_bfloat16(random(seed, shared, FEATURES) / 8) for seed in (4, 5))
-    run = jax.jit(lambda *a: token_mlp(*a, implementation="mosaic_gpu"))
+    run = jax.jit(lambda *a: token_mlp(*a, norm=norm, implementation="mosaic_gpu"))
     y = run(x, up, down, ids, weights, shared)
-    assert_close(y, reference.token_mlp(x, up, down, ids, weights, shared), 4e-3)
+    assert_close(y, reference.token_mlp(x, up, down, ids, weights, shared, norm), 4e-3)
     assert not races_found()
 
 

@@ -8,7 +8,8 @@ from kernel_cases import random
 from tiny import assert_close
 
 from pallas_kernels.choice import with_gradient_of
-from pallas_kernels.matvec import cpu
+from pallas_kernels.matvec import cpu, dot_rows
+from pallas_kernels.norm import Norm
 
 INDEX = np.array([3, 0, 3], np.int32)  # one matrix twice
 
@@ -33,6 +34,29 @@ def test_products(rows, columns, dtype, relative):
 @pytest.mark.parametrize("rows, columns", [(8, 128), (16, 64), (24, 128), (16, 192)])
 def test_sizes_that_do_not_fit(rows, columns):
     assert not cpu.fits(rows, columns)
+
+
+# rows, columns, groups, dtype of x, dtype of the result of the norm
+NORMS = {
+    "one-row": (1, 128, 1, "float32", "float32"),
+    "rows": (5, 24, 1, "bfloat16", "bfloat16"),
+    "groups": (2, 24, 3, "float32", "bfloat16"),
+}
+
+
+@pytest.mark.parametrize("rows, columns, groups, dtype, read", NORMS.values(), ids=NORMS)
+def test_norm_before_a_product(rows, columns, groups, dtype, read):
+    x, weights = jnp.asarray(random(0, rows, columns), dtype), [jnp.asarray(random(1, 16, columns), read)]
+    norm = Norm(jnp.asarray(random(2, columns), read), 1e-5, jnp.dtype(read), groups)
+    run = lambda name: dot_rows(x, weights, jnp.float32, norm=norm, implementation=name)[0]
+    assert_close(run("xla"), run("reference"), 1e-5 if read == "float32" else 4e-3)
+
+
+@pytest.mark.parametrize("columns, groups", [(16, 1), (24, 5)], ids=["columns", "groups"])
+def test_norm_that_does_not_fit(columns, groups):
+    norm = Norm(jnp.ones(columns), 1e-5, jnp.dtype("float32"), groups)
+    with pytest.raises(ValueError, match=f"does not fit a norm of \\({columns},\\) in {groups} groups"):
+        dot_rows(jnp.ones((1, 24)), [jnp.ones((8, 24))], jnp.float32, norm=norm)
 
 
 def test_gradient_is_that_of_the_plain_function():

@@ -9,8 +9,9 @@ from kernel_cases import as_bfloat16, random
 from tiny import assert_close
 
 from pallas_kernels import persistent
-from pallas_kernels.matvec import dot_rows, mosaic_gpu, tuning
+from pallas_kernels.matvec import dot_rows, mosaic_gpu, resident, tuning
 from pallas_kernels.matvec.mosaic_gpu import Factors, Stack
+from pallas_kernels.norm import Norm
 from pallas_kernels.tiles import pad_to
 
 pytestmark = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the interpreter needs jax 0.11")
@@ -66,6 +67,62 @@ def test_rows_dot(rows, columns, stacks, scaled, races_found):
             expected = expected * exact(np.where(own, factors[:, None], 0.0))[..., None]
         assert y.shape == expected.shape
         assert_close(y, expected, 1e-6)
+    assert not races_found()
+
+
+# rows of x, columns, groups of them, dtype of x
+NORMS = {
+    "one-row": (1, 192, 1, "bfloat16"),
+    "one-group-of-64": (1, 64, 1, "bfloat16"),
+    "many-columns": (1, 64 * 17, 1, "bfloat16"),
+    "groups": (1, 512, 4, "float32"),
+    "groups-of-64": (1, 256, 4, "float32"),
+    "several-rows": (5, 128, 1, "bfloat16"),
+    "eight-rows-in-groups": (8, 256, 2, "float32"),
+    "more-rows-than-are-held": (9, 128, 2, "bfloat16"),
+}
+
+
+def norm_of(columns, groups=1):
+    return Norm(as_bfloat16(1 + random(8, columns) / 4), 1e-3, jnp.dtype(jnp.bfloat16), groups)
+
+
+def as_read(x, norm):
+    """What the product reads: normalised in float64, rounded once."""
+    groups = exact(x).reshape(len(x), norm.groups, -1)
+    groups = groups / np.sqrt(np.square(groups).mean(axis=-1, keepdims=True) + norm.eps)
+    return exact(as_bfloat16(groups.reshape(x.shape) * exact(norm.weight)))
+
+
+@pytest.mark.parametrize("rows, columns, groups, dtype", NORMS.values(), ids=NORMS)
+def test_norm_on_the_way(rows, columns, groups, dtype, races_found):
+    """A rounding of x may fall on the other side: one unit of bfloat16 in one of the columns."""
+    x, norm = jnp.asarray(3 * random(0, rows, columns), dtype), norm_of(columns, groups)
+    weights = [as_bfloat16(random(i, n, columns)) for i, n in enumerate((72, 16))]
+    run = jax.jit(lambda x, weights, norm: dot_rows(x, weights, jnp.float32, norm=norm, implementation="mosaic_gpu"))
+    for y, weight in zip(run(x, weights, norm), weights, strict=True):
+        assert_close(y, as_read(x, norm) @ exact(weight).T, 1e-3)
+    assert not races_found()
+
+
+def test_rows_that_are_too_long_to_be_held(races_found, monkeypatch):
+    monkeypatch.setattr(resident, "SHARED_MEMORY", 2000)
+    x, norm, weight = as_bfloat16(random(0, 1, 128)), norm_of(128), as_bfloat16(random(1, 24, 128))
+    run = jax.jit(lambda x, norm: dot_rows(x, [weight], jnp.float32, norm=norm, implementation="mosaic_gpu"))
+    assert resident.supports(x, norm) is not None
+    assert_close(run(x, norm)[0], as_read(x, norm) @ exact(weight).T, 1e-3)
+    assert not races_found()
+
+
+def test_gradient_through_the_norm(races_found):
+    x, norm, weight = as_bfloat16(random(0, 2, 128)), norm_of(128), as_bfloat16(random(1, 24, 128))
+
+    def gradients(name):
+        loss = lambda x, norm: jnp.square(dot_rows(x, [weight], jnp.float32, norm=norm, implementation=name)[0]).sum()
+        return jax.tree.leaves(jax.jit(jax.grad(loss, argnums=(0, 1)))(x, norm))
+
+    for a, e in zip(gradients("mosaic_gpu"), gradients("reference"), strict=True):
+        assert_close(a, e, 2e-2)
     assert not races_found()
 
 
