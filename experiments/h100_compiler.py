@@ -33,7 +33,8 @@ class Kernel:
     Attributes:
       registers: of a thread. spill_bytes: stores and loads of registers that did not suffice.
       shared_memory: bytes of a thread block, barriers included.
-      wgmma, tma: instructions in the kernel's text. thread_blocks: of a launch.
+      wgmma, tma: instructions in the kernel's text. multicast: of these, copies into a cluster's blocks at once.
+      thread_blocks: of a launch.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Kernel:
     shared_memory: int
     wgmma: int
     tma: int
+    multicast: int
     thread_blocks: int
 
 
@@ -101,6 +103,7 @@ def _kernel(path):
         shared_memory=int(launch["shared"]) + number(r"(\d+) bytes smem"),
         wgmma=source.count("wgmma.mma_async"),
         tma=source.count("cp.async.bulk.tensor"),
+        multicast=source.count("multicast::cluster"),
         thread_blocks=int(launch["x"]) * int(launch["y"]) * int(launch["z"]),
     )
 

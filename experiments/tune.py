@@ -42,10 +42,13 @@ class Choice(NamedTuple):
 
 
 def experts(config: Config, tokens: int) -> Choice:
-    """Columns of a tile in both products, where groups are large."""
-    sizes = itertools.product((128, 192, 256), repeat=2)
+    """Columns of a tile in both products, and thread blocks that share rows, where groups are large."""
+    sizes = itertools.product((128, 192, 256), (128, 192, 256), (1, 2))
     keys = [f"128,{width}" for width in (config.moe_intermediate_size, config.expert_width)]
-    tables = ({"expert_mlp columns": dict(zip(keys, ([up], [down]), strict=True))} for up, down in sizes)
+    tables = (
+        {"expert_mlp columns": dict(zip(keys, ([up, cluster], [down, cluster]), strict=True))}
+        for up, down, cluster in sizes
+    )
     return Choice(cases.experts_case(config, tokens), tuple(tables))
 
 

@@ -7,6 +7,7 @@ wgmma reads both operands from shared memory.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -18,6 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 SHARED_MEMORY = 232_448  # bytes that one thread block may use on an H100
 SMS = 132  # multiprocessors of an H100 or H200 SXM
 MATRIX_ROWS = 64  # rows of one wgmma
+PEER = "peer"  # axis of the thread blocks of a cluster
 DEPTH = 64  # elements of 16 bits in 128 bytes, the width of a swizzled row
 # Registers of a thread of the producer, and of one or two consumers: together no more than the block has been given.
 _PRODUCER_REGISTERS, _CONSUMER_REGISTERS = 40, {1: 240, 2: 232}
@@ -42,12 +44,14 @@ class Blocks(Protocol):
     Attributes:
       columns: of the sums. stages: of the ring. consumers: warpgroups that multiply.
       in_flight: products that a consumer leaves running while it waits for the next stage, 0 or 1.
+      cluster: thread blocks that walk over the list together, each with its own result of every item.
     """
 
     columns: int
     stages: int
     consumers: int
     in_flight: int
+    cluster: int
 
 
 class Ring(NamedTuple):
@@ -69,15 +73,18 @@ def run(
     blocks: Blocks,
     prepare: Callable = lambda: None,
 ):
-    """Runs all items of this thread block.
+    """Runs all items of this thread block, of `count` that all of them have.
+
+    In a cluster, a slot is free when all its blocks have read theirs: so one copy may fill it in each of them.
 
     `load(item, k, slot, barrier)` starts the copies of step k; `product(acc, slot, rows, k)` multiplies these rows of
     the tile; `finish(item, thread, top, acc)` stores the sums of 64 rows from `top` on. `prepare()` is what consumers
     do first, while the ring fills.
     """
     block, thread = lax.axis_index("block"), lax.axis_index("thread")
-    mine = lax.div(count - block + SMS - 1, SMS)
-    at = lambda i: item_at(block + i * SMS)
+    blocks_in_all = SMS // blocks.cluster
+    mine = lax.div(count - block + blocks_in_all - 1, blocks_in_all)
+    at = lambda i: item_at(block + i * blocks_in_all)
     consumers, stages = blocks.consumers, blocks.stages
 
     @pl.when(thread == consumers)
@@ -170,7 +177,7 @@ def launch(
     *,
     exact_layouts: bool = False,
 ) -> Any:
-    """Runs `body(*operands, *out, ring, *scratch)` on every multiprocessor.
+    """Runs `body(*operands, *out, ring, *scratch)` on every multiprocessor; in a cluster, blocks differ in `"peer"`.
 
     Args:
       out: shape and dtype of the result, or a tuple of such.
@@ -186,11 +193,15 @@ def launch(
         body(*inputs, Ring(a, b, full, empty), *rest)
 
     stages = blocks.stages
+    together = functools.partial(plgpu.ClusterBarrier, collective_axes=(PEER,))
+    empty = plgpu.Barrier if blocks.cluster == 1 else together
     return plgpu.kernel(
         unpacked,
         out_type=out,
-        grid=(SMS,),
+        grid=(SMS // blocks.cluster,),
         grid_names=("block",),
+        cluster=(blocks.cluster,),
+        cluster_names=(PEER,),
         num_threads=blocks.consumers + 1,
         thread_name="thread",
         kernel_name=body.__name__,
@@ -198,7 +209,7 @@ def launch(
         scratch_types=[
             *(None if shape is None else swizzled(jnp.bfloat16, stages, *shape) for shape in tiles),
             plgpu.Barrier(num_arrivals=sum(shape is not None for shape in tiles), num_barriers=stages),
-            plgpu.Barrier(num_arrivals=blocks.consumers, num_barriers=stages),
+            empty(num_arrivals=blocks.consumers, num_barriers=stages),
             *scratch,
         ],
     )(*operands)

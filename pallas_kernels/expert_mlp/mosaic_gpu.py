@@ -15,14 +15,16 @@ that store zeros without computing.
 **Kernel.** `pallas_kernels/persistent.py`, with one or two consumers, each with its rows of the tile. Results go out by
 TMA from small double buffers. A consumer whose 64 rows hold none of the group does not multiply, so a group costs
 matrix time in steps of 64 rows. Items are ordered expert, column block, tile: tiles that need the same weights run at
-the same time and find them in L2.
+the same time and find them in L2. Where tiles have 128 rows, two thread blocks with neighbouring column blocks are a
+cluster: each fetches half of the rows, for both.
 
 **Roofline** (H100: 989 TFLOP/s, 3.35 TB/s), Nano, 8192 tokens: 49,152 rows of 2688, F = 1856, 128 experts. 0.98 TFLOP
 are 0.99 ms; 2.55 GB of weights are 0.76 ms of memory, rows in and out 0.16 ms, hidden units 0.11 ms. Steps of 64 rows
-add 9 % to groups of 384, column blocks of 192 add 3 % to F. L2 is the narrow place: a stage of 128 x 192 sums reads
-40 KB for 3.1 MFLOP, 7.8 TB/s in the 0.99 ms that the up projection takes on an H100. Tiles of 256 rows read less, but
-leave room for three stages only, and take 1.14 ms. At 64 tokens, 3 rows an expert, only the weights count, 0.73 ms:
-tiles have 16 rows, and what matters is that 144 KB a multiprocessor are in flight.
+add 9 % to groups of 384, column blocks of 192 add 3 % to F. L2 is the narrow place: a thread block by itself reads
+40 KB for a stage of 128 x 192 sums, 3.1 MFLOP, and the 0.99 ms that the up projection takes so on an H100 are 7.8 TB/s
+of such reads. In a cluster it reads 32 KB. Tiles of 256 rows read as little, but leave room for three stages only, and
+take 1.14 ms. At 64 tokens, 3 rows an expert, only the weights count, 0.73 ms: tiles have 16 rows, and what matters is
+that 144 KB a multiprocessor are in flight.
 
 **Backward.** Recomputes the hidden units h, multiplies dh = dy @ down^T, and from both, in plain JAX,
 d(relu) = 2 sqrt(h) dh w and dw = sum(dh h); then the other three products. dy, dh and d(relu) are rounded to bfloat16.
@@ -41,7 +43,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import persistent
 from pallas_kernels.expert_mlp import tuning
-from pallas_kernels.persistent import DEPTH, MATRIX_ROWS, cut, swizzled
+from pallas_kernels.persistent import DEPTH, MATRIX_ROWS, PEER, cut, swizzled
 
 _ALIGN = 8  # TMA of a swizzled tile starts at a multiple of this many rows
 _SLOTS = 2  # results on their way out
@@ -126,6 +128,11 @@ def _tile_item(tiles, index, *, experts, columns, depth, tile_rows):
     )
 
 
+def _own(item, blocks):
+    """What this thread block has of an item whose column block is as wide as a cluster."""
+    return item._replace(column=item.column * blocks.cluster + lax.axis_index(PEER))
+
+
 def _slots(blocks, dtype):
     return swizzled(dtype, blocks.consumers, _SLOTS, MATRIX_ROWS, 128 // dtype.itemsize)
 
@@ -188,14 +195,14 @@ def to_tiles(rows, weights, plan: Plan, activation: Callable) -> jax.Array:
     """`activation(rows @ weights[e]^T)` as tiles: rows [R, K], weights [E, N, K] -> [tiles * tile rows, N]."""
     experts, width, depth = weights.shape
     blocks = tuning.blocks(plan.rows, width, _SLOTS)
-    columns = pl.cdiv(width, blocks.columns)
-    size = min(blocks.rows, MATRIX_ROWS)
+    columns = pl.cdiv(width, blocks.columns * blocks.cluster)
+    size, shared = min(blocks.rows, MATRIX_ROWS), PEER if blocks.cluster > 1 else None
 
     def expert_mlp_to_tiles(tiles, count, weights, rows, out, ring, slots):
         def load(item, k, slot, full):
             part = cut(k, DEPTH)
             tile = ring.a.at[slot, pl.ds(0, blocks.rows)]
-            plgpu.copy_gmem_to_smem(rows.at[pl.ds(item.row, blocks.rows), part], tile, full)
+            plgpu.copy_gmem_to_smem(rows.at[pl.ds(item.row, blocks.rows), part], tile, full, collective_axes=shared)
             column = cut(item.column, blocks.columns)
             plgpu.copy_gmem_to_smem(weights.at[item.expert, column, part], ring.b.at[slot], full)
 
@@ -207,7 +214,9 @@ def to_tiles(rows, weights, plan: Plan, activation: Callable) -> jax.Array:
             column = item.column * blocks.columns
             _send(activation(acc), slots.at[thread], lambda slab, n: out.at[place, pl.ds(column + slab * n, n)])
 
-        item_at = lambda i: _tile_item(tiles, i, experts=experts, columns=columns, depth=depth, tile_rows=blocks.rows)
+        item_at = lambda i: _own(
+            _tile_item(tiles, i, experts=experts, columns=columns, depth=depth, tile_rows=blocks.rows), blocks
+        )
         persistent.run(ring, count[0] * columns, item_at, load, product, finish, blocks)
 
     out = jax.ShapeDtypeStruct((plan.tiles.shape[0] * blocks.rows, width), rows.dtype)
@@ -224,14 +233,16 @@ def to_rows(tiles, weights, plan: Plan, scale, dtype) -> jax.Array:
     experts, depth, width = weights.shape
     dtype = jnp.dtype(dtype)
     blocks = tuning.blocks(plan.rows, width, _SLOTS + 1)
-    columns = pl.cdiv(width, blocks.columns)
+    columns = pl.cdiv(width, blocks.columns * blocks.cluster)
+    shared = PEER if blocks.cluster > 1 else None
     scale = jnp.pad(scale, (0, blocks.rows + MATRIX_ROWS))  # a tile is read whole
 
     def expert_mlp_to_rows(table, count, scale, weights, tiles, out, ring, slots, buffers):
         def load(item, k, slot, full):
             part = cut(k, DEPTH)
             tile = ring.a.at[slot, pl.ds(0, blocks.rows)]
-            plgpu.copy_gmem_to_smem(tiles.at[pl.ds(item.place, blocks.rows), part], tile, full)
+            source = tiles.at[pl.ds(item.place, blocks.rows), part]
+            plgpu.copy_gmem_to_smem(source, tile, full, collective_axes=shared)
             column = cut(item.column, blocks.columns)
             plgpu.copy_gmem_to_smem(weights.at[item.expert, part, column], ring.b.at[slot], full)
 
@@ -247,7 +258,9 @@ def to_rows(tiles, weights, plan: Plan, scale, dtype) -> jax.Array:
             target = lambda slab, n, r, size: out.at[pl.ds(row + r, size), pl.ds(column + slab * n, n)]
             _send_rows(acc, factors, slots.at[thread], buffers.at[thread], target, first, own)
 
-        item_at = lambda i: _tile_item(table, i, experts=experts, columns=columns, depth=depth, tile_rows=blocks.rows)
+        item_at = lambda i: _own(
+            _tile_item(table, i, experts=experts, columns=columns, depth=depth, tile_rows=blocks.rows), blocks
+        )
         persistent.run(ring, count[1] * columns, item_at, load, product, finish, blocks)
 
     out = jax.ShapeDtypeStruct((scale.shape[0] - blocks.rows - MATRIX_ROWS, width), dtype)
@@ -264,7 +277,8 @@ def per_expert(tiles, rows, plan: Plan, experts: int) -> jax.Array:
     """
     (_, height), (_, width) = tiles.shape, rows.shape
     blocks = tuning.blocks(2 * MATRIX_ROWS, width, _SLOTS)
-    bands, columns = pl.cdiv(height, blocks.rows), pl.cdiv(width, blocks.columns)
+    bands, columns = pl.cdiv(height, blocks.rows), pl.cdiv(width, blocks.columns * blocks.cluster)
+    shared = PEER if blocks.cluster > 1 else None
 
     def expert_mlp_per_expert(groups, tiles, rows, out, ring, slots):
         def item_at(index):
@@ -273,12 +287,14 @@ def per_expert(tiles, rows, plan: Plan, experts: int) -> jax.Array:
             row = pl.multiple_of(lax.div(start, _ALIGN) * _ALIGN, _ALIGN)
             steps = jnp.where(end > start, lax.div(end - row + DEPTH - 1, DEPTH), 0)
             place = pl.multiple_of(first * plan.rows, _ALIGN)
-            return _Item(expert, lax.rem(local, columns), row, place, lax.div(local, columns), blocks.rows, steps)
+            item = _Item(expert, lax.rem(local, columns), row, place, lax.div(local, columns), blocks.rows, steps)
+            return _own(item, blocks)
 
         def load(item, k, slot, full):
             part = lambda start: pl.ds(pl.multiple_of(start + k * DEPTH, _ALIGN), DEPTH)
             band, column = cut(item.begin, blocks.rows), cut(item.column, blocks.columns)
-            plgpu.copy_gmem_to_smem(tiles.at[part(item.place), band], ring.a.at[slot], full)
+            source = tiles.at[part(item.place), band]
+            plgpu.copy_gmem_to_smem(source, ring.a.at[slot], full, collective_axes=shared)
             plgpu.copy_gmem_to_smem(rows.at[part(item.row), column], ring.b.at[slot], full)
 
         def product(acc, slot, part, k):

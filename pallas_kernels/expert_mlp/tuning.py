@@ -20,11 +20,13 @@ class Blocks:
     rows: rows of a tile: 8, 16, 32, 64 or 128; under 64, the matrix unit's other rows are computed in vain.
     columns: columns of the result in a tile, a multiple of 64 up to 256.
     stages: tiles of both operands in flight.
+    cluster: thread blocks that read the same rows and have neighbouring columns.
     """
 
     rows: int
     columns: int
     stages: int
+    cluster: int = 1
     in_flight: ClassVar[int] = 1
 
     @property
@@ -49,14 +51,20 @@ def blocks(rows: int, width: int, slots: int) -> Blocks:
 
     slots: pieces of the result, 64 rows of 128 bytes, that each consumer holds beside the stages.
     """
-    (columns,) = tuned("expert_mlp columns", rows, width) or [_columns(rows, width)]
+    columns, cluster = tuned("expert_mlp columns", rows, width) or _cut(rows, width)
     results = Blocks(rows, columns, 0).consumers * MATRIX_ROWS * 128 * slots
     stage = 2 * DEPTH * (max(MATRIX_ROWS, rows) + columns)
-    return Blocks(rows, columns, min(8, (SHARED_MEMORY - 2048 - results) // stage))
+    return Blocks(rows, columns, min(8, (SHARED_MEMORY - 2048 - results) // stage), cluster)
 
 
-def _columns(rows, width):
-    """Small tiles wait for weights: narrow blocks spread them evenly. Others compute: wide blocks re-use the rows."""
+def _cut(rows, width):
+    """Columns of a tile, and thread blocks in a cluster.
+
+    Small tiles wait for weights: narrow blocks spread them evenly. Others compute: wide blocks re-use the rows, and so
+    do clusters.
+    """
     if rows < MATRIX_ROWS:
-        return 64 if rows == 8 else 128
-    return min((256, 192, 128, 64), key=lambda columns: -(-width // columns) * (columns + 32))
+        return (64 if rows == 8 else 128), 1
+    cluster = 2 if rows > MATRIX_ROWS else 1
+    blocks = lambda columns: cluster * -(-width // (columns * cluster))
+    return min((256, 192, 128, 64), key=lambda columns: blocks(columns) * (columns + 32)), cluster

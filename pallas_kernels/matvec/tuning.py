@@ -31,6 +31,11 @@ class Blocks(NamedTuple):
     stages: int
     parts: int = 1
 
+    @property
+    def cluster(self) -> int:
+        """Thread blocks that share what they read: no two read the same."""
+        return 1
+
     # Memory is slower than one warpgroup that waits for each of its products.
     @property
     def consumers(self) -> int:

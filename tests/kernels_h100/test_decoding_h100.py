@@ -1,6 +1,7 @@
 """The kernels of decoding compiled for an H100: rows with matrices, the step of a Mamba-2 layer, tokens and experts."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,8 @@ from experiments import h100_programs as programs
 from experiments.h100_compiler import SHARED_MEMORY_LIMIT, compile_for_h100
 from nemojax.presets import preset
 from pallas_kernels.expert_mlp import token_mlp
+from pallas_kernels.matvec import dot_rows
+from pallas_kernels.norm import Norm
 
 MODELS = ("nano-30b-a3b", "super-120b-a12b", "ultra-550b-a55b", "nano-4b", "h-56b")
 
@@ -37,6 +40,31 @@ def test_projections_of_a_model(name, rows):
     check(compiled(programs.projections(rows, c.mamba_inner, c.hidden_size)), "matvec_rows")
     attention = (c.num_attention_heads * c.head_dim, keys, keys)
     check(compiled(programs.projections(rows, c.hidden_size, *attention)), "matvec_rows")
+
+
+def normed(rows, columns, groups, outputs):
+    """A product of rows that a kernel normalises; in groups, they are what the step of a Mamba-2 layer gives."""
+    bf16 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    norm = Norm(bf16(columns), 1e-5, jnp.dtype(jnp.bfloat16), groups)
+    x = jax.ShapeDtypeStruct((rows, columns), jnp.bfloat16 if groups == 1 else jnp.float32)
+    run = lambda x, weight, norm: dot_rows(x, [weight], jnp.bfloat16, norm=norm)
+    return compile_for_h100(run, x, bf16(outputs, columns), norm)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8], ids=["one-row", "three-rows", "eight-rows"])
+@pytest.mark.parametrize("name", MODELS)
+def test_norms_of_a_model(name, rows):
+    """Before a projection into a layer, and in groups before the one out of a Mamba-2 layer."""
+    c = preset(name)
+    check(normed(rows, c.hidden_size, 1, 4096), "matvec_rows")
+    check(normed(rows, c.mamba_inner, c.n_groups, c.hidden_size), "matvec_rows")
+
+
+@pytest.mark.parametrize("columns, groups", [(2688, 1), (4096, 8), (64, 1)], ids=["into", "out-of", "narrow"])
+def test_a_norm_of_one_row_is_no_operation_of_its_own(columns, groups):
+    report = normed(1, columns, groups, 1000)
+    check(report, "matvec_rows")
+    assert not re.search(r" (fusion|copy)\(", report.hlo) and report.temporary_bytes == 0
 
 
 @pytest.mark.parametrize("width", [8, 24, 200, 1000, 1864, 5000, 9992, 131_072, 256_000])

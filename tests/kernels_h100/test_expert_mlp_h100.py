@@ -42,6 +42,18 @@ def test_forward(shape):
     assert all(map(fits, report.kernels)), report.kernels
 
 
+def test_many_rows_are_read_by_clusters():
+    """Half of a tile's rows by each of two thread blocks, for both; not where only weights count."""
+    copies = lambda name: [k.multicast for k in compile_for_h100(mosaic_gpu.expert_mlp, *arrays(*SHAPES[name])).kernels]
+    assert all(copies("nano-8k-tokens")) and not any(copies("nano-64-tokens"))
+
+
+@pytest.mark.parametrize("width, features", [(64, 64), (192, 128), (320, 1088)])
+def test_widths_that_a_cluster_does_not_divide(width, features):
+    report = compile_for_h100(mosaic_gpu.expert_mlp, *arrays(4096, 8, width, features))
+    assert all(map(fits, report.kernels)) and all(k.multicast for k in report.kernels), report.kernels
+
+
 @pytest.mark.parametrize("name", ["nano-8k-tokens", "nano-7-tokens", "super-8k-tokens", "ultra-8k-tokens"])
 def test_backward(name):
     x, *others = arrays(*SHAPES[name])

@@ -21,12 +21,15 @@ FEATURES, WIDTH, SMALL, MEDIUM, LARGE = 128, 192, 44, 203, 320
 
 @pytest.fixture(autouse=True, scope="module")
 def interpreter():
-    """Two multiprocessors, each with three stages; tiles of 16, 64 and 128 rows for the numbers of rows above."""
+    """Four multiprocessors, each with three stages; tiles of 16, 64 and 128 rows for the numbers of rows above.
+
+    Those of 128 rows are read by clusters of two.
+    """
     jax.clear_caches()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(persistent, "SMS", 2)
+        patch.setattr(persistent, "SMS", 4)
         patch.setattr(tuning, "tile_rows", lambda rows, experts: 16 if rows <= SMALL else 64 if rows <= MEDIUM else 128)
-        patch.setattr(tuning, "blocks", lambda rows, width, slots: tuning.Blocks(rows, 128, 3))
+        patch.setattr(tuning, "blocks", lambda rows, width, slots: tuning.Blocks(rows, 128, 3, 1 + (rows == 128)))
         with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
             yield
     jax.clear_caches()
