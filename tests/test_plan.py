@@ -194,7 +194,7 @@ def kernels_of_layers(config, program):
         into_and_out = ["matvec_rows"] * 2
         by_kind = {
             "M": ["mamba_step", *into_and_out],
-            "*": ["attention_forward", *into_and_out],
+            "*": ["attention_forward", "attention_merge", *into_and_out],
             "E": ["choose_experts", "matvec_rows", "matvec_columns"],
         }
     return Counter(["matvec_rows", *(name for kind in config.pattern for name in by_kind.get(kind, ()))])

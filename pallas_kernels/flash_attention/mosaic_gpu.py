@@ -38,6 +38,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.flash_attention import tuning
+from pallas_kernels.flash_attention.mosaic_merge import merge
 from pallas_kernels.tiles import pad_to
 
 ROWS = 64  # of a warpgroup: the M of wgmma
@@ -77,25 +78,18 @@ def flash_attention(q, k, v, start, documents, key_documents):
         v = _without_pads(v, key_documents)
     view = _view(length, share, ROWS * blocks.warpgroups, size, blocks.keys, start, documents, key_documents)
     rows = q.shape[1]
-    out, lse = _merge(*_forward_kernel(*(pad_to(a, axis=1) for a in (q, k, v)), view, blocks))
-    out, lse = out[:, :rows], lse[:, :, :rows]
+    outs, lses = _forward_kernel(*(pad_to(a, axis=1) for a in (q, k, v)), view, blocks)
+    if blocks.splits > 1:
+        return merge(outs, lses, length, share, k.dtype, interpret=INTERPRET is not None)
+    out, lse = outs[0, :, :rows].astype(k.dtype), lses[0, :, :, :rows]
     if blocks.pack:
         out = rearrange(out, "b (t h) g p -> b t (g h) p", h=share)
-        return out.astype(k.dtype), rearrange(lse, "b g (t h) -> b t (g h)", h=share)
-    return out.astype(k.dtype), rearrange(lse, "b h t -> b t h")
+        return out, rearrange(lse, "b g (t h) -> b t (g h)", h=share)
+    return out, rearrange(lse, "b h t -> b t h")
 
 
 def _without_pads(array, documents):
     return jnp.where((documents > 0)[..., None, None], array, 0)
-
-
-def _merge(outs, lses):
-    """One span from the spans of several parts of the keys (leading axis)."""
-    if outs.shape[0] == 1:
-        return outs[0], lses[0]
-    lse = jax.nn.logsumexp(lses, axis=0)
-    weights = jnp.exp(lses - jnp.where(jnp.isfinite(lse), lse, 0))[..., : outs.shape[2]]
-    return (rearrange(weights, "n b h r -> n b r h 1") * outs).sum(axis=0), lse
 
 
 # ------------------------------------------------------------------------------------------------- who sees whom

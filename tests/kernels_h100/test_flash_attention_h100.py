@@ -32,7 +32,7 @@ def check(report, names):
     for kernel in report.kernels:
         assert kernel.spill_bytes == 0 and kernel.registers <= 255, kernel
         assert 0 < kernel.shared_memory < SHARED_MEMORY_LIMIT, kernel
-        assert kernel.wgmma > 0 and kernel.tma > 0, kernel
+        assert kernel.name == "attention_merge" or (kernel.wgmma > 0 and kernel.tma > 0), kernel
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["alone", "documents"])
@@ -46,7 +46,7 @@ def test_forward_and_backward(model, packed):
 @pytest.mark.parametrize("model, length", [("nano", 1), ("ultra", 4), ("nano-4b", 1)])
 def test_decode(model, length, packed):
     report = compile_for_h100(attend, *arguments(model, length, 131_072, packed))
-    check(report, ["attention_forward"])
+    check(report, ["attention_forward", "attention_merge"])
     cache = 2 * 131_072 * HEADS[model][1] * 128 * 2
     assert report.temporary_bytes < cache / 10  # the cache is read in place
 

@@ -11,7 +11,7 @@ from kernel_cases import random, same_infinities
 from tiny import assert_close
 
 from pallas_kernels import choice
-from pallas_kernels.flash_attention import flash_attention, mosaic_gpu, reference, tuning
+from pallas_kernels.flash_attention import flash_attention, mosaic_gpu, mosaic_merge, reference, tuning
 
 plgpu = pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
 if not hasattr(plgpu, "InterpretGPUParams"):
@@ -35,6 +35,28 @@ def arguments(length, size, heads, groups, batch=1, scale=1.0):
     shapes = [(batch, length, heads, 128), (batch, size, groups, 128), (batch, size, groups, 128)]
     q, k, v = (jnp.asarray(random(i, *shape), jnp.bfloat16) for i, shape in enumerate(shapes))
     return scale * q, k, v
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("parts", [2, 31, 33, 66])
+def test_parts_of_a_cache(parts, interpreted):
+    """Parts that saw nothing, a row that none of them saw, a row of NaN, rows beyond the last."""
+    length, share, groups = 1, 3, 2
+    outs = random(0, parts, 2, 8, groups, 128)
+    lses = 4 * random(1, parts, 2, groups, 8)
+    lses[1, 0], outs[1, 0] = -np.inf, 0
+    lses[:, 1, 0, 1], outs[:, 1, 1, 0] = -np.inf, 0
+    outs[0, 1, 2, 1] = np.nan
+    out, lse = mosaic_merge.merge(jnp.asarray(outs), jnp.asarray(lses), length, share, jnp.bfloat16, interpret=True)
+    total = np.logaddexp.reduce(lses.astype(np.float64))
+    weights = np.exp(lses - np.where(np.isfinite(total), total, 0))
+    expected = np.einsum("nbgr,nbrgp->brgp", weights, outs)[:, :share]
+    by_head = lambda a: np.moveaxis(a, 1, 2).reshape(2, 1, groups * share, *a.shape[3:])
+    same_infinities(lse, by_head(np.moveaxis(total, 1, 2)[:, :share]), 1e-6)
+    assert np.isnan(np.asarray(out[1, 0, share + 2], np.float32)).all()
+    clean = [np.delete(np.asarray(a, np.float64)[1, 0], share + 2, axis=0) for a in (out, by_head(expected))]
+    assert_close(*clean, 4e-3)
+    assert_close(out[0], by_head(expected)[0], 4e-3)
 
 
 def numbers(*runs):
