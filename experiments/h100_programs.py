@@ -22,7 +22,7 @@ from nemojax.layers.moe import choice_rule
 from nemojax.segments import enter
 from nemojax.specs import abstract_params, layer_name
 from pallas_kernels.causal_conv1d import causal_conv1d
-from pallas_kernels.expert_mlp import expert_mlp, token_mlp
+from pallas_kernels.expert_mlp import expert_mlp, gather_rows, token_mlp
 from pallas_kernels.flash_attention import flash_attention
 from pallas_kernels.mamba_step import mamba_step
 from pallas_kernels.matvec import dot_rows
@@ -124,6 +124,11 @@ def experts(config: Config, tokens: int) -> Program:
         return Program(token_mlp, (_bf16(tokens, features), weights, weights, _i32(*pairs), _f32(*pairs)))
     rows = tokens * chosen
     return Program(expert_mlp, (_bf16(rows, features), weights, weights, _f32(rows), _i32(count)))
+
+
+def expert_rows(config: Config, tokens: int) -> Program:
+    """The rows of tokens in the order of their experts."""
+    return Program(gather_rows, (_bf16(tokens, config.expert_width), _i32(tokens * config.num_experts_per_tok)))
 
 
 def router(config: Config, tokens: int) -> Program:

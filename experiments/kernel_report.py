@@ -66,6 +66,8 @@ def operations() -> dict[str, Case]:
         case = Case(programs.experts(config, tokens), rooflines.experts_work(config, tokens), gradient)
         cases[f"experts, {name}, {tokens:,} token{'s' * (tokens > 1)}"] = case
     for name, config in (("Nano", NANO), ("Ultra", ULTRA)):
+        work = rooflines.expert_rows_work(config, TOKENS)
+        cases[f"rows for experts, {name}, 8,192 tokens"] = Case(programs.expert_rows(config, TOKENS), work)
         work = rooflines.router_work(config, TOKENS)
         cases[f"choice of experts, {name}, 8,192 tokens"] = Case(programs.router(config, TOKENS), work)
     return cases

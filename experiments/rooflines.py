@@ -105,6 +105,11 @@ def row_work(inputs: int, outputs: int) -> Work:
     return Work(2 * inputs * outputs, 2 * inputs * outputs)
 
 
+def expert_rows_work(config: Config, tokens: int) -> Work:
+    """The rows of tokens in the order of their experts: each read once, and written for each of its experts."""
+    return Work(0, 2 * tokens * (1 + config.num_experts_per_tok) * config.expert_width)
+
+
 def router_work(config: Config, tokens: int) -> Work:
     """The choice of experts from logits: logits in, ids and weights out."""
     experts, chosen = config.n_routed_experts, config.num_experts_per_tok

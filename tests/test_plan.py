@@ -71,10 +71,11 @@ def test_one_device_sends_nothing(compiled):
 
 def test_kernels_are_counted_and_shown(compiled):
     """Heads are too small for the other kernels. Few rows: of the head; of a token also all but one projection."""
-    prefill = {"choose_experts": 1, "expert_mlp_to_rows": 1, "expert_mlp_to_tiles": 1, "matvec_rows": 1}
+    experts = {"choose_experts": 1, "expert_mlp_to_rows": 1, "expert_mlp_to_tiles": 1}
+    prefill = experts | {"gather_rows": 1, "matvec_rows": 1}
     decode = {"choose_experts": 1, "matvec_columns": 1, "matvec_rows": 7}
     assert [p.kernels for p in compiled.programs] == [prefill, decode]
-    assert "  1 choose_experts, 1 expert_mlp_to_rows, 1 expert_mlp_to_tiles, 1 matvec_rows" in compiled.lines()
+    assert f"  {', '.join(f'1 {name}' for name in prefill)}" in compiled.lines()
 
 
 def test_without_a_compiler_there_is_an_estimate(no_compiler):
@@ -188,7 +189,7 @@ def kernels_of_layers(config, program):
         by_kind = {
             "M": ["causal_conv1d", "ssd_steps", "ssd_piece_states", "ssd_scan"],
             "*": ["attention_forward"],
-            "E": ["choose_experts", "expert_mlp_to_rows", "expert_mlp_to_tiles"],
+            "E": ["choose_experts", "gather_rows", "expert_mlp_to_rows", "expert_mlp_to_tiles"],
         }
     else:
         into_and_out = ["matvec_rows"] * 2

@@ -12,7 +12,7 @@ import numpy as np
 from nemojax.config import Config
 from nemojax.layers.moe import choice_rule
 from pallas_kernels.causal_conv1d import causal_conv1d
-from pallas_kernels.expert_mlp import expert_mlp, token_mlp
+from pallas_kernels.expert_mlp import expert_mlp, gather_rows, token_mlp
 from pallas_kernels.flash_attention import flash_attention
 from pallas_kernels.mamba_step import mamba_step
 from pallas_kernels.matvec import dot_rows
@@ -245,6 +245,15 @@ def _expert_arrays(config: Config, key: jax.Array, rows: int) -> tuple:
     x = _normal(k[0], rows, shape[2])
     up, down = (_normal(k[i], *shape, scale=size**-0.5) for i, size in ((1, shape[2]), (2, shape[1])))
     return x, up, down, jax.random.uniform(k[3], (rows,))
+
+
+def expert_rows_case(config: Config, tokens: int) -> Case:
+    """The rows of tokens in the order of their experts."""
+    order = np.argsort(_routing(config, tokens).ravel(), kind="stable") // config.num_experts_per_tok
+    run = lambda implementation, x: (gather_rows(x, jnp.asarray(order, jnp.int32), implementation=implementation),)
+    arrays = lambda key: (_normal(key, tokens, config.expert_width),)
+    work = Work(2 * (tokens + order.size) * config.expert_width, 0)
+    return Case(f"rows for experts, {tokens:,} tokens of {config.expert_width}", arrays, 1, run, FAST, work)
 
 
 def router_case(config: Config, tokens: int) -> Case:

@@ -123,11 +123,11 @@ def _attention(nano: Config, tokens: int, context: int) -> Cases:
 def _experts(nano: Config, latent: Sequence[Config], tokens: int) -> Cases:
     experts, few = cases.experts_case, tokens // 4
     of_latent = [experts(c, 64) for c in latent]
-    router = cases.router_case
+    router, rows = cases.router_case, cases.expert_rows_case
     checks = [experts(nano, few), experts(nano, few, gradient=True), experts(nano, 7), *of_latent]
-    checks += [router(c, few) for c in (nano, *latent)]
+    checks += [run(c, few) for c in (nano, *latent) for run in (router, rows)]
     speeds = [experts(nano, tokens), experts(nano, tokens, gradient=True), experts(nano, 64), *of_latent]
-    return checks, speeds + [router(nano, tokens)]
+    return checks, speeds + [router(nano, tokens), rows(nano, tokens)]
 
 
 def _token(nano: Config, wide: Sequence[Config]) -> Cases:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.expert_mlp import expert_mlp, token_mlp
+from pallas_kernels.expert_mlp import expert_mlp, gather_rows, token_mlp
 
 # Up to this many (row, expert) pairs, sorting costs more than reading an expert twice.
 FEW_PAIRS = 32
@@ -35,7 +35,7 @@ def dispatch(
     with jax.named_scope("sort"):
         order = jnp.argsort(ids.reshape(-1), stable=True)
         sizes = jnp.bincount(ids.reshape(-1), length=up.shape[0])
-    y = expert_mlp(*_sorted(x, weights, order, up, down), sizes, implementation=implementation)
+    y = _of_pairs(x, weights, order, up, down, sizes, implementation)
     with jax.named_scope("unsort"):
         place = _inverse(order).reshape(rows, chosen)
         # One gather a choice, which fuse into one pass; a gather of all and a sum would be three.
@@ -74,7 +74,7 @@ def contribution(
     def compute(start):
         pairs = jax.lax.dynamic_slice_in_dim(order, start, buffer)
         sizes = jnp.diff(jnp.clip(ends - start, 0, buffer), prepend=0)
-        y = expert_mlp(*_sorted(x, weights, pairs, up, down), sizes, implementation=implementation)
+        y = _of_pairs(x, weights, pairs, up, down, sizes, implementation)
         at = place - start
         here = (place >= 0) & (at >= 0) & (at < buffer)
         at = jnp.where(here, at, 0)
@@ -97,9 +97,10 @@ def sum_of_rounds(compute: Callable, count: Array, buffer: int, rounds: int, sha
     return jax.lax.scan(jax.checkpoint(one), jnp.zeros(shape), jnp.arange(rounds) * buffer)[0]
 
 
-def _sorted(x, weights, pairs, up, down):
-    """Arguments of `expert_mlp` for (row, expert) pairs by number."""
-    return _take(x, pairs // weights.shape[1]), up, down, _take(weights.reshape(-1), pairs)
+def _of_pairs(x, weights, pairs, up, down, sizes, implementation):
+    """`expert_mlp` of (row, expert) pairs by number."""
+    rows = gather_rows(x, pairs // weights.shape[1], implementation=implementation)
+    return expert_mlp(rows, up, down, _take(weights.reshape(-1), pairs), sizes, implementation=implementation)
 
 
 def _take(array, at):

@@ -6,7 +6,7 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.choice import by_platform, choose, on_hopper
-from pallas_kernels.expert_mlp import mosaic_gpu, mosaic_tokens, reference, xla
+from pallas_kernels.expert_mlp import mosaic_gather, mosaic_gpu, mosaic_tokens, reference, xla
 from pallas_kernels.norm import Norm
 
 IMPLEMENTATIONS = {"xla": xla.expert_mlp, "mosaic_gpu": mosaic_gpu.expert_mlp, "reference": reference.expert_mlp}
@@ -35,6 +35,22 @@ def takes_kernels(
     if implementation is not None:
         return implementation == "mosaic_gpu"
     return on_hopper("token_mlp", mosaic_tokens.supports(x, *weights, norm=norm))
+
+
+def gather_rows(
+    x: Float[Array, "N L"], index: Int[Array, "R"], *, implementation: str | None = None
+) -> Float[Array, "R L"]:
+    """`x[index]`, as `expert_mlp` takes its rows; an index must exist.
+
+    Args:
+      implementation: of `expert_mlp`. Its Hopper kernels have one for this too, for sizes that suit it.
+    """
+    suits = mosaic_gather.supports(x, index) is None
+    if implementation == "mosaic_gpu":
+        return (mosaic_gather.gather if suits else mosaic_gather.plain)(x, index)
+    if implementation is None and suits and on_hopper("gather_rows", None):
+        return by_platform(mosaic_gather.gather, mosaic_gather.plain)(x, index)
+    return mosaic_gather.plain(x, index)
 
 
 def expert_mlp(

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from experiments.h100_compiler import SHARED_MEMORY_LIMIT, compile_for_h100
-from pallas_kernels.expert_mlp import expert_mlp, mosaic_gpu, mosaic_tokens, token_mlp
+from pallas_kernels.expert_mlp import expert_mlp, gather_rows, mosaic_gpu, mosaic_tokens, token_mlp
 
 # tokens * experts a token, experts, width, features
 SHAPES = {
@@ -84,6 +84,16 @@ def test_token_mlp_copies_no_weights(tokens, chosen, shape):
     assert all(map(fits, report.kernels)), report.kernels
     hidden = tokens * chosen * 8 * 2 * width
     assert report.temporary_bytes < hidden + 2**20
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_rows_for_experts(shape):
+    """Where eights of rows are asked for, which a few tokens may not do."""
+    rows, _, _, features = shape
+    arguments = jax.ShapeDtypeStruct((512, features), jnp.bfloat16), jax.ShapeDtypeStruct((rows,), jnp.int32)
+    report = compile_for_h100(gather_rows, *arguments)
+    assert [k.name for k in report.kernels] == (["gather_rows"] if rows % 8 == 0 else [])
+    assert all(k.spill_bytes == 0 and k.shared_memory <= SHARED_MEMORY_LIMIT and k.tma for k in report.kernels)
 
 
 def test_the_default_on_cuda_is_these_kernels():

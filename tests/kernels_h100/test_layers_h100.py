@@ -16,7 +16,7 @@ from pallas_kernels.ssd import tuning as ssd_tuning
 TOKENS, BF16, F32 = 8192, 2, 4
 MAMBA = {"causal_conv1d": 1, "ssd_steps": 1, "ssd_piece_states": 1, "ssd_scan": 1}
 ATTENTION = {"attention_forward": 1}
-EXPERTS = {"choose_experts": 1, "expert_mlp_to_rows": 1, "expert_mlp_to_tiles": 1}
+EXPERTS = {"choose_experts": 1, "expert_mlp_to_rows": 1, "expert_mlp_to_tiles": 1, "gather_rows": 1}
 # What the gradient of a layer calls, its forward pass included.
 MAMBA_GRADIENT = MAMBA | {
     "causal_conv1d_gradient": 1,
@@ -46,7 +46,9 @@ def check(report, calls):
         # What some kernels need goes straight to registers. These and the convolution multiply no matrices.
         straight = ("mamba_step", "choose_experts", "attention_merge")
         assert kernel.tma > 0 or kernel.name in straight, kernel
-        assert kernel.wgmma > 0 or kernel.name.startswith(("causal_conv1d", "ssd_steps", *straight)), kernel
+        assert kernel.wgmma > 0 or kernel.name.startswith(("causal_conv1d", "ssd_steps", "gather_rows", *straight)), (
+            kernel
+        )
 
 
 def projected_width(c):

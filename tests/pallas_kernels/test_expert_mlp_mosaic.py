@@ -11,7 +11,15 @@ from kernel_cases import as_bfloat16, random
 from tiny import assert_close
 
 from pallas_kernels import persistent
-from pallas_kernels.expert_mlp import expert_mlp, mosaic_gpu, reference, token_mlp, tuning
+from pallas_kernels.expert_mlp import (
+    expert_mlp,
+    gather_rows,
+    mosaic_gather,
+    mosaic_gpu,
+    reference,
+    token_mlp,
+    tuning,
+)
 from pallas_kernels.norm import Norm
 
 pytestmark = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the interpreter needs jax 0.11")
@@ -104,6 +112,20 @@ def test_gradients(races_found):
     for name, value, a, e in zip(("x", "up", "down", "weights"), values, actual, expected, strict=True):
         assert a.dtype == value.dtype and np.isfinite(np.asarray(a, np.float32)).all(), name
         assert_close(a, e, 1e-2)
+    assert not races_found()
+
+
+@pytest.mark.parametrize("rows, width, count", [(5, 64, 8), (3, 96, 200), (7, 2688, 40)])
+def test_gather_rows(rows, width, count, races_found, monkeypatch):
+    """More groups than slots, on some multiprocessors more than on others; rows that are asked for often, or never."""
+    monkeypatch.setattr(mosaic_gather, "SMS", 3)
+    x, index = as_bfloat16(random(0, rows, width)), jnp.asarray(np.random.default_rng(1).integers(0, rows, count))
+    pull = lambda run: jax.vjp(lambda x: run(x, index), x)
+    y, back = pull(jax.jit(lambda x, index: gather_rows(x, index, implementation="mosaic_gpu")))
+    expected, expected_back = pull(lambda x, index: x[index])
+    np.testing.assert_array_equal(y, expected)
+    dy = as_bfloat16(random(1, count, width))
+    np.testing.assert_array_equal(back(dy)[0], expected_back(dy)[0])
     assert not races_found()
 
 

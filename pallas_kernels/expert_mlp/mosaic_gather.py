@@ -1,0 +1,93 @@
+"""Rows in another order for Hopper (Mosaic GPU): what the experts' kernels read, out of what the tokens are.
+
+    y[i] = x[index[i]]
+
+A thread block moves whole rows through shared memory, a copy a row on the way in, one for `_TOGETHER` rows on the way
+out, `_AHEAD` groups of them ahead: nothing passes through registers.
+
+**Roofline**, Nano, 8,192 tokens on an H100: 49,152 rows of 2,688, 264 MB written, 79 us; x is read out of L2. XLA's
+gather takes 214 us.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.choice import with_gradient_of
+from pallas_kernels.mosaic import launch
+from pallas_kernels.persistent import SHARED_MEMORY, SMS
+
+_TOGETHER = 8  # rows
+_SLOTS, _AHEAD = 4, 2  # groups in shared memory, and on their way in
+_WIDEST = 256  # of each dimension of a copy
+_ALIGN = 8  # elements of 16 bits, in the 16 bytes that TMA counts in
+
+
+def supports(x: jax.Array, index: jax.Array) -> str | None:
+    """Why the kernel cannot run on such arrays, or None if it can."""
+    if x.dtype != jnp.bfloat16:
+        return f"x is {x.dtype}, but must be bfloat16"
+    if index.shape[0] == 0 or index.shape[0] % _TOGETHER:
+        return f"{index.shape[0]} rows are asked for, which is not a positive multiple of {_TOGETHER}"
+    if _fold(x.shape[1]) is None or _SLOTS * _TOGETHER * 2 * x.shape[1] > SHARED_MEMORY - 2048:
+        return f"rows of {x.shape[1]} are no {_WIDEST} x {_WIDEST} at most, or too long for shared memory"
+    if jax.__version_info__ < (0, 11):
+        return f"jax {jax.__version__} is older than 0.11"
+    return None
+
+
+def _fold(width):
+    """Columns of a row that is written as a matrix, for TMA."""
+    sizes = (n for n in range(_WIDEST, 0, -_ALIGN) if width % n == 0)
+    return next((n for n in sizes if width // n <= _WIDEST), None)
+
+
+def _gather(x, index):
+    """See above: x [R, L], index int32 [S] -> [S, L]."""
+    rows, (_, width) = index.shape[0], x.shape
+    folded = (width // _fold(width), _fold(width))
+    groups = rows // _TOGETHER
+
+    def gather_rows(x, index, out, slots, full):
+        block = lax.axis_index("block")
+        mine = lax.div(groups - block + SMS - 1, SMS)
+        first = lambda i: pl.multiple_of((block + i * SMS) * _TOGETHER, _TOGETHER)
+
+        def fetch(i):
+            slot = lax.rem(i, _SLOTS)
+            for r in range(_TOGETHER):
+                plgpu.copy_gmem_to_smem(x.at[index[first(i) + r]], slots.at[slot, r], full.at[slot])
+
+        def send(i):
+            slot = lax.rem(i, _SLOTS)
+            plgpu.barrier_wait(full.at[slot])
+            plgpu.copy_smem_to_gmem(slots.at[slot], out.at[pl.ds(first(i), _TOGETHER)])
+
+        @pl.loop(0, mine + _AHEAD)
+        def _(i):
+            # What left this slot before is read: only what left since then may still be on its way.
+            plgpu.wait_smem_to_gmem(_SLOTS - _AHEAD - 1, wait_read_only=True)
+            pl.when(i < mine)(lambda: fetch(i))
+            pl.when(i >= _AHEAD)(lambda: send(i - _AHEAD))
+
+        plgpu.wait_smem_to_gmem(0)
+
+    scratch = [
+        plgpu.SMEM((_SLOTS, _TOGETHER, *folded), x.dtype),
+        plgpu.Barrier(num_arrivals=_TOGETHER, num_barriers=_SLOTS),
+    ]
+    out = jax.ShapeDtypeStruct((rows, *folded), x.dtype)
+    run = launch(gather_rows, "gather_rows", {"block": SMS}, 1, out, scratch, False)
+    return run(x.reshape(-1, *folded), index).reshape(rows, width)
+
+
+def plain(x, index):
+    """The same by XLA."""
+    return x.at[index].get(mode="promise_in_bounds")
+
+
+gather = with_gradient_of(plain, _gather)
