@@ -1,6 +1,6 @@
 """Products of a few rows with matrices of stacks, for Hopper (Mosaic GPU): weights at the speed of memory.
 
-    rows_dot      y[k, r, f] = act(sum_l x[r, l] w[index[k], f, l]) [* factors[k] if r is k's row, else 0]
+    rows_dot      y[k, r, f] = act(sum_l norm(x)[r, l] w[index[k], f, l])
     columns_dot   y[r, l] = sum_k sum_f h[k, r, f] w[index[k], f, l]
 
 A token in decoding takes both with the experts that it chose; a projection is the first, with a stack of one. Several
@@ -8,10 +8,11 @@ stacks that meet the same x, such as the routed experts and the shared one, or t
 values, are one launch: what a launch waits before its first byte and after its last costs as much as 10 MB.
 
 **Kernel.** `pallas_kernels/persistent.py`. The few rows are the left operand of wgmma, which takes 64: those that are
-not there are computed in vain. Nothing is sorted: a matrix that two pairs (row, expert) chose is read by both, the
-second time out of L2. An item of `rows_dot` is a block of a matrix's rows, of a height at which the items fill all
-multiprocessors evenly. An item of `columns_dot` is 64 columns and a part of the sum over k and f; XLA adds the parts
-where it reads them.
+not there are computed in vain. Up to 8 rows of `rows_dot` stay in shared memory, normalised on the way there
+(`resident.py`), where they leave room; others pass through the ring beside the weights. Nothing is sorted: a matrix
+that two pairs (row, expert) chose is read by both, the second time out of L2. An item of `rows_dot` is a block of a
+matrix's rows, of a height at which the items fill all multiprocessors evenly. An item of `columns_dot` is 64 columns
+and a part of the sum over k and f; XLA adds the parts where it reads them.
 
 **Roofline**, Nano, one token on an H100: the up projections of six experts and the shared one are 80 MB, 24 us, and so
 are the down projections; the input projection of a Mamba-2 layer is 55 MB, 17 us. What matters is bytes in flight: of
@@ -144,9 +145,7 @@ def rows_dot(
     counts = [(s.index.shape[0], s.matrices.shape[1]) for s in stacks]
     blocks = tuning.by_rows(counts, length, resident.nbytes(x, norm) if stays else None)
     places = _Places.of(stacks, blocks.columns)
-    steps = length // blocks.depth
-    values = [] if factors is None else [factors.values]
-    sources = [x, *([] if norm is None else [norm.weight])]
+    values, sources = [] if factors is None else [factors.values], [x, *([] if norm is None else [norm.weight])]
 
     def matvec_rows(*refs):
         refs = iter(refs)
@@ -156,7 +155,7 @@ def rows_dot(
 
         def item_at(number):
             which, pair, matrix, column = places.at(number, indices)
-            return _Item(column, steps, which=which, pair=pair, matrix=matrix)
+            return _Item(column, length // blocks.depth, which=which, pair=pair, matrix=matrix)
 
         def load(item, k, slot, full):
             part = cut(k, blocks.depth)
@@ -166,32 +165,43 @@ def rows_dot(
             _of(item.which, [lambda m=m: plgpu.copy_gmem_to_smem(weights(m), ring.b.at[slot], full) for m in matrices])
 
         def product(acc, slot, part, k):
-            if not stays:
+            if stays:
+                _multiply_resident(acc, held[0], ring.b.at[slot], k)
+            else:
                 plgpu.wgmma(acc, ring.a.at[slot, part], ring.b.at[slot].transpose((1, 0)))
-                return
-            for i in range(each := blocks.depth // DEPTH):
-                b = ring.b.at[slot, :, pl.ds(i * DEPTH, DEPTH)]
-                plgpu.wgmma(acc, resident.operand(held[0], k * each + i), b.transpose((1, 0)))
 
         def finish(item, thread, top, acc):
             y = activation(acc)
-            for f in values_in:
-                row = plgpu.broadcasted_iota(jnp.int32, y.shape, 0, layout=plgpu.Layout.WGMMA)
-                first, own = item.which == 0, lax.div(item.pair, factors.each)
-                # Zero whatever other rows are, so that none of them can overflow into this one.
-                scaled = jnp.where(row == own, y * f[jnp.where(first, item.pair, 0)], 0.0)
-                y = jnp.where(first, scaled, y)
+            if factors is not None:
+                y = _own_rows(y, item, values_in[0], factors.each)
             _put(y, slot)
             _of(item.which, [lambda o=o: _send_rows(slot, o.at[item.pair], item.column * blocks.columns) for o in outs])
 
-        prepare = (lambda: resident.fill(inputs, *held, norm)) if stays else (lambda: None)
-        persistent.run(ring, places.total, item_at, load, product, finish, blocks, prepare)
+        prepare = [lambda: resident.fill(inputs, *held, norm)] if stays else []
+        persistent.run(ring, places.total, item_at, load, product, finish, blocks, *prepare)
 
     out = tuple(jax.ShapeDtypeStruct((s.index.shape[0], wanted, s.matrices.shape[1]), dtype) for s in stacks)
     operands = (*(s.index for s in stacks), *values, *(s.matrices for s in stacks), *sources)
     stage = None if stays else (MATRIX_ROWS, blocks.depth), (blocks.columns, blocks.depth)
     scratch = [_slot(blocks, dtype), *held]
     return list(persistent.launch(matvec_rows, operands, out, blocks, stage, scratch, exact_layouts=True))
+
+
+def _multiply_resident(acc, tiles, weights, k):
+    """Step k, with weights [columns, depth], 64 of the depth at a time."""
+    each = weights.shape[1] // DEPTH
+    for i in range(each):
+        part = weights.at[:, pl.ds(i * DEPTH, DEPTH)]
+        plgpu.wgmma(acc, resident.operand(tiles, k * each + i), part.transpose((1, 0)))
+
+
+def _own_rows(y, item, values, each):
+    """See `Factors`."""
+    row = plgpu.broadcasted_iota(jnp.int32, y.shape, 0, layout=plgpu.Layout.WGMMA)
+    first = item.which == 0
+    # Zero whatever other rows are, so that none of them can overflow into this one.
+    scaled = jnp.where(row == lax.div(item.pair, each), y * values[jnp.where(first, item.pair, 0)], 0.0)
+    return jnp.where(first, scaled, y)
 
 
 def columns_dot(stacks: Sequence[Stack], hidden: Sequence[jax.Array]) -> jax.Array:
