@@ -19,7 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.choice import with_gradient_of
 from pallas_kernels.mosaic import launch
-from pallas_kernels.persistent import SHARED_MEMORY, SMS
+from pallas_kernels.persistent import DEPTH, SHARED_MEMORY, SMS
 
 _TOGETHER = 8  # rows
 _SLOTS, _AHEAD = 4, 2  # groups in shared memory, and on their way in
@@ -33,6 +33,8 @@ def supports(x: jax.Array, index: jax.Array) -> str | None:
         return f"x is {x.dtype}, but must be bfloat16"
     if index.shape[0] == 0 or index.shape[0] % _TOGETHER:
         return f"{index.shape[0]} rows are asked for, which is not a positive multiple of {_TOGETHER}"
+    if x.shape[1] % DEPTH:
+        return f"rows of {x.shape[1]} are no multiple of {DEPTH}"
     if _fold(x.shape[1]) is None or _SLOTS * _TOGETHER * 2 * x.shape[1] > SHARED_MEMORY - 2048:
         return f"rows of {x.shape[1]} are no {_WIDEST} x {_WIDEST} at most, or too long for shared memory"
     if jax.__version_info__ < (0, 11):

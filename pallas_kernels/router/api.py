@@ -47,8 +47,8 @@ def choose_experts(
         (`pallas_kernels.choice`).
 
     Returns:
-      ids, best first, int32; weights, float32. Where logits are NaN, so are the weights, and the ids are unspecified
-      but of experts that exist.
+      ids, best first, int32; weights, float32. In a row of NaN the weights are NaN, and the ids are of experts that
+      exist.
 
     Raises:
       ValueError: sizes that do not belong together; a named implementation that cannot run on such arrays.

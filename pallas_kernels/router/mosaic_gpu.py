@@ -22,6 +22,7 @@ from pallas_kernels.tiles import pad_to
 
 _ROWS = 8  # of a warpgroup
 _MOST = 1024  # experts, 64 registers of a thread
+_LEAST = -3e38  # of an expert that is not eligible; one that was taken has less
 
 
 def supports(logits: jax.Array) -> str | None:
@@ -40,7 +41,8 @@ def _choose(logits, bias, rule):
     rows = logits.shape[0]
     if rule.groups > 1:
         bias = jnp.where(xla.eligible(jax.nn.sigmoid(logits) + bias, rule), bias, -jnp.inf)
-    logits, bias = (_whole(a) for a in (logits, bias))
+    last = logits.shape[1] - 1
+    logits, bias = (pad_to(a, -1, COLUMNS, value=-jnp.inf) for a in (logits, bias))  # never the best
     experts, each = logits.shape[1], _ROWS if rows % _ROWS == 0 else 1
 
     def body(logits, bias, ids, weights, places, scores):
@@ -56,17 +58,18 @@ def _choose(logits, bias, rule):
 
         def take(k, carry):
             choice, total = carry
-            best = across(choice.max(axis=1), experts)
-            # NaN equals nothing: then the last one.
-            place = jnp.where(choice == best, expert, experts - 1).min(axis=1)
+            best = choice.max(axis=1)
+            # NaN equals nothing: then it is the last one, with a weight of NaN.
+            place = jnp.where(choice == across(best, experts), expert, last).min(axis=1)
             mine = expert == across(place, experts)
-            value = jnp.where(mine, score, 0.0).sum(axis=1)
+            value = jnp.where(mine, score, 0.0).sum(axis=1) + 0.0 * best
             places.at[k][...] = place
             scores.at[k][...] = value
             return jnp.where(mine, -jnp.inf, choice), total + value
 
         zeros = plgpu.layout_cast(jnp.zeros((_ROWS,), jnp.float32), EACH_ROW)
-        _, total = lax.fori_loop(0, rule.chosen, take, (score + own(bias), zeros))
+        choice = jnp.maximum(score + own(bias), _LEAST)
+        _, total = lax.fori_loop(0, rule.chosen, take, (choice, zeros))
         scores.at[rule.chosen][...] = rule.scale / (total + 1e-20) if rule.normalise else zeros + rule.scale
         plgpu.commit_smem()
         for r in range(each):
@@ -80,11 +83,6 @@ def _choose(logits, bias, rule):
     kept = [plgpu.SMEM((rule.chosen + 1, _ROWS), dtype) for dtype in (jnp.int32, jnp.float32)]
     run = launch(body, "choose_experts", {"block": rows // each}, 1, out, kept, False, approximate=False)
     return run(logits, bias)
-
-
-def _whole(a):
-    """Columns added up to a multiple of 64, of experts that are never the best."""
-    return pad_to(a, -1, COLUMNS, value=-jnp.inf)
 
 
 def choose_experts(logits, bias, rule):

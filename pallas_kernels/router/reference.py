@@ -12,7 +12,8 @@ def choose_experts(logits, bias, rule):
     groups = choice.reshape(rows, rule.groups, -1)
     by_group = jnp.sort(groups, axis=2)[..., -2:].sum(axis=2)
     place = jnp.argsort(jnp.argsort(-by_group, axis=1, stable=True), axis=1)  # of a group among all
-    choice = jnp.where(place[..., None] < rule.kept, groups, -jnp.inf).reshape(rows, experts)
+    least = jnp.finfo(choice.dtype).min  # less is only what was taken
+    choice = jnp.where(place[..., None] < rule.kept, groups, least).reshape(rows, experts)
     ids = []
     for _ in range(rule.chosen):
         ids.append(choice.argmax(axis=1))

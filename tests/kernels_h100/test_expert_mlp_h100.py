@@ -96,6 +96,14 @@ def test_rows_for_experts(shape):
     assert all(k.spill_bytes == 0 and k.shared_memory <= SHARED_MEMORY_LIMIT and k.tma for k in report.kernels)
 
 
+@pytest.mark.parametrize("features", [64, 72, 96, 192, 1088, 3136, 8192])
+def test_rows_of_any_width(features):
+    """What the kernel does not suit, XLA brings into order."""
+    arguments = jax.ShapeDtypeStruct((100, features), jnp.bfloat16), jax.ShapeDtypeStruct((48,), jnp.int32)
+    report = compile_for_h100(gather_rows, *arguments)
+    assert report.calls == ({"gather_rows": 1} if features % 64 == 0 and features < 4096 else {})
+
+
 def test_the_default_on_cuda_is_these_kernels():
     shape = (64, 4, 128, 192)
     report = compile_for_h100(expert_mlp, *arrays(*shape))

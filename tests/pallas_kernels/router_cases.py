@@ -17,6 +17,7 @@ CASES = {
     "one-expert": (1, 1, Rule(1)),
     "not-normalised": (2, 70, Rule(5, normalise=False, scale=3.0)),
     "groups": (8, 64, Rule(4, groups=4, kept=2)),
+    "more-than-are-eligible": (8, 64, Rule(6, groups=16, kept=1)),
     "groups-of-one": (1, 6, Rule(2, groups=6, kept=3)),
 }
 

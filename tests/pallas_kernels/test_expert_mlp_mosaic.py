@@ -115,7 +115,7 @@ def test_gradients(races_found):
     assert not races_found()
 
 
-@pytest.mark.parametrize("rows, width, count", [(5, 64, 8), (3, 96, 200), (7, 2688, 40)])
+@pytest.mark.parametrize("rows, width, count", [(5, 64, 8), (3, 192, 200), (7, 2688, 40)])
 def test_gather_rows(rows, width, count, races_found, monkeypatch):
     """More groups than slots, on some multiprocessors more than on others; rows that are asked for often, or never."""
     monkeypatch.setattr(mosaic_gather, "SMS", 3)
