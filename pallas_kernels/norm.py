@@ -27,6 +27,13 @@ class Norm:
     dtype: Any = dataclasses.field(metadata={"static": True})
     groups: int = dataclasses.field(default=1, metadata={"static": True})
 
+    def check(self, x: jax.Array, operation: str) -> None:
+        """Raises ValueError where rows x [R, columns] do not fit."""
+        if self.weight.shape != x.shape[1:] or x.shape[1] % self.groups:
+            raise ValueError(
+                f"{operation}: x {x.shape} does not fit a norm of {self.weight.shape} in {self.groups} groups"
+            )
+
 
 def normalised(x: jax.Array, norm: Norm | None) -> jax.Array:
     """Rows [R, columns] after the norm, if there is one."""

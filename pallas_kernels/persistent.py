@@ -133,6 +133,9 @@ def _consume(ring, mine, item_at, product, finish, thread, blocks):
             @pl.loop(0, item.steps)
             def _(k):
                 plgpu.barrier_wait(ring.full.at[slot_of(k)])
+                if blocks.cluster > 1:
+                    # One warp releases a slot to all blocks: it must not run a whole round ahead of those that wait.
+                    plgpu.commit_smem()
                 release(k)
 
         def compute():

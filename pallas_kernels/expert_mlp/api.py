@@ -45,10 +45,11 @@ def gather_rows(
     Args:
       implementation: of `expert_mlp`. Its Hopper kernels have one for this too, for sizes that suit it.
     """
-    suits = mosaic_gather.supports(x, index) is None
+    reason = mosaic_gather.supports(x, index)
+    suits = reason is None
     if implementation == "mosaic_gpu":
         return (mosaic_gather.gather if suits else mosaic_gather.plain)(x, index)
-    if implementation is None and suits and on_hopper("gather_rows", None):
+    if implementation is None and on_hopper("gather_rows", reason):
         return by_platform(mosaic_gather.gather, mosaic_gather.plain)(x, index)
     return mosaic_gather.plain(x, index)
 
@@ -123,6 +124,8 @@ def token_mlp(
             f"token_mlp: x {x.shape}, up {up.shape}, down {down.shape}, shared {shared and [a.shape for a in shared]}, "
             f"ids {ids.shape} and weights {weights.shape} do not fit together"
         )
+    if norm is not None:
+        norm.check(x, "token_mlp")
     reason = mosaic_tokens.supports(x, up, down, *(shared or ()), norm=norm) if ids.size else "no row has an expert"
     run = choose("token_mlp", TOKEN_IMPLEMENTATIONS, implementation, {"mosaic_gpu": reason}, _best_for_tokens)
     return run(x, up, down, ids, weights, shared, norm)

@@ -41,8 +41,8 @@ def dot_rows(
     """
     if not weights or any(w.ndim != 2 or w.shape[1] != x.shape[1] for w in weights):
         raise ValueError(f"dot_rows: x {x.shape} and weights {[w.shape for w in weights]} do not fit together")
-    if norm is not None and (norm.weight.shape != x.shape[1:] or x.shape[1] % norm.groups):
-        raise ValueError(f"dot_rows: x {x.shape} does not fit a norm of {norm.weight.shape} in {norm.groups} groups")
+    if norm is not None:
+        norm.check(x, "dot_rows")
     refusals = {"mosaic_gpu": mosaic_gpu.supports(x, *weights, norm=norm)}
     best = _best if x.shape[0] <= FEW_ROWS else None
     return choose("dot_rows", IMPLEMENTATIONS, implementation, refusals, best)(x, list(weights), dtype, norm)
