@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from nemojax.config import Config
-from nemojax.layers.norm import Input, Normed
+from nemojax.layers.norm import Input, rows
 from nemojax.layers.project import dot_columns, dot_rows
 from nemojax.layers.shell import declare
 from nemojax.segments import ALONE, Segments
@@ -28,11 +28,11 @@ def relu2_mlp(
 ) -> Float[Array, "B T D"]:
     """`relu(x up^T)^2 down` in `dtype`, default that of `x` (squared ReLU, arXiv 2109.08668)."""
     if x.shape[:2] == (1, 1):
-        rows, norm = x.rows() if isinstance(x, Normed) else (x[0], None)
-        if takes_kernels(rows, up, norm=norm, implementation=implementation):
+        row, norm = rows(x)
+        if takes_kernels(row, up, norm=norm, implementation=implementation):
             # An expert that the token takes: XLA sums the columns of `down` at a quarter of the memory's speed.
             only = (jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), jnp.float32))
-            y = token_mlp(rows, up[None], down[None], *only, norm=norm, implementation=implementation)
+            y = token_mlp(row, up[None], down[None], *only, norm=norm, implementation=implementation)
             return y[None].astype(dtype or x.dtype)
     hidden = jnp.square(jax.nn.relu(dot_rows(x, up, implementation=implementation)))
     return dot_columns(hidden, down, dtype)

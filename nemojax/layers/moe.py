@@ -14,7 +14,7 @@ from nemojax.config import Config
 from nemojax.dispatch import dispatch
 from nemojax.dispatch.local import FEW_PAIRS
 from nemojax.layers.mlp import relu2_mlp
-from nemojax.layers.norm import Input, Normed, value
+from nemojax.layers.norm import Input, rows, value
 from nemojax.layers.shell import declare
 from nemojax.segments import ALONE, Segments
 from nemojax.sharding import WHOLE, Shard
@@ -46,8 +46,8 @@ def route(
     the `topk_group` groups with the largest sum of two best biased scores are eligible.
     """
     logits = jnp.einsum("btd,ed->bte", x.astype(jnp.float32), params["gate"].astype(jnp.float32))
-    rows, bias = rearrange(logits, "b t e -> (b t) e"), params["correction_bias"].astype(jnp.float32)
-    chosen = choose_experts(rows, bias, choice_rule(config), implementation=implementation)
+    flat, bias = rearrange(logits, "b t e -> (b t) e"), params["correction_bias"].astype(jnp.float32)
+    chosen = choose_experts(flat, bias, choice_rule(config), implementation=implementation)
     ids, weights = (rearrange(a, "(b t) k -> b t k", b=x.shape[0]) for a in chosen)
     return Routing(ids, weights, jax.nn.sigmoid(logits))
 
@@ -92,12 +92,12 @@ def moe(
         routing = route(params, x, config=config, implementation=implementation)
     part = shard.part_dtype(x.dtype)
     shared = params["shared_up_proj"], params["shared_down_proj"]
-    rows, norm = few.rows() if isinstance(few, Normed) else (rearrange(x, "b t d -> (b t) d"), None)
-    if _together(params, rows, norm, config, shard, implementation):
+    flat, norm = rows(few)
+    if _together(params, flat, norm, config, shard, implementation):
         with jax.named_scope("experts"):
             experts = params["experts_up_proj"], params["experts_down_proj"]
             chosen = (rearrange(a, "b t k -> (b t) k") for a in (routing.ids, routing.weights))
-            y = token_mlp(rows, *experts, *chosen, shared, norm=norm, implementation=implementation).reshape(x.shape)
+            y = token_mlp(flat, *experts, *chosen, shared, norm=norm, implementation=implementation).reshape(x.shape)
         return shard.sum_parts(y.astype(part), x.dtype), routing
     with jax.named_scope("experts"):
         u = x
@@ -119,13 +119,13 @@ def moe(
         return shard.sum_parts(y, x.dtype), routing
 
 
-def _together(params, rows, norm, config, shard, implementation):
+def _together(params, flat, norm, config, shard, implementation):
     """Whether one kernel takes the routed experts and the shared one: they read the same few rows."""
     if config.moe_latent_size is not None or shard.expert is not None:
         return False
     weights = params["experts_up_proj"], params["shared_up_proj"]
-    pairs = rows.shape[0] * config.num_experts_per_tok
-    return pairs <= FEW_PAIRS and takes_kernels(rows, *weights, norm=norm, implementation=implementation)
+    pairs = flat.shape[0] * config.num_experts_per_tok
+    return pairs <= FEW_PAIRS and takes_kernels(flat, *weights, norm=norm, implementation=implementation)
 
 
 def _from_experts(params, y, dtype, config, shard):

@@ -58,6 +58,11 @@ def value(x: Input) -> Array:
     return x.value() if isinstance(x, Normed) else x
 
 
+def rows(x: Input) -> tuple[Array, Norm | None]:
+    """One row a token, and the norm that is still to be applied to it, if there is one."""
+    return x.rows() if isinstance(x, Normed) else (rearrange(x, "b t d -> (b t) d"), None)
+
+
 def rms_norm(x: Float[Array, "*B D"], weight: Float[Array, "*W"], eps: float) -> Float[Array, "*B D"]:
     """The norm over the last axis, in the dtype of `x`."""
     return Normed(x, weight, eps, x.dtype).value()

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float
 
-from nemojax.layers.norm import Input, Normed, value
+from nemojax.layers.norm import Input, Normed, rows, value
 from pallas_kernels import matvec
 
 
@@ -36,8 +36,8 @@ def dots_rows(x: Input, weights: Sequence[Array], dtype: Any = None, implementat
     if batch * length > matvec.FEW_ROWS:
         x = rearrange(value(x), "b t ... -> b t (...)")
         return [jnp.einsum("btd,od->bto", x, w, preferred_element_type=dtype) for w in weights]
-    rows, norm = x.rows() if isinstance(x, Normed) else (rearrange(x, "b t d -> (b t) d"), None)
-    products = matvec.dot_rows(rows, weights, dtype, norm=norm, implementation=implementation)
+    flat, norm = rows(x)
+    products = matvec.dot_rows(flat, weights, dtype, norm=norm, implementation=implementation)
     return [rearrange(y, "(b t) o -> b t o", b=batch) for y in products]
 
 

@@ -46,9 +46,8 @@ def gather_rows(
       implementation: of `expert_mlp`. Its Hopper kernels have one for this too, for sizes that suit it.
     """
     reason = mosaic_gather.supports(x, index)
-    suits = reason is None
-    if implementation == "mosaic_gpu":
-        return (mosaic_gather.gather if suits else mosaic_gather.plain)(x, index)
+    if implementation == "mosaic_gpu" and reason is None:
+        return mosaic_gather.gather(x, index)
     if implementation is None and on_hopper("gather_rows", reason):
         return by_platform(mosaic_gather.gather, mosaic_gather.plain)(x, index)
     return mosaic_gather.plain(x, index)

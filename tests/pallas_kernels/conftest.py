@@ -1,6 +1,18 @@
 """What tests in the GPU interpreter share."""
 
+import jax
 import pytest
+
+
+@pytest.fixture(scope="module")
+def interpreter():
+    """Every kernel of a module in the interpreter, with race detection, and nothing traced before."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    jax.clear_caches()
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+        yield
+    jax.clear_caches()
 
 
 @pytest.fixture

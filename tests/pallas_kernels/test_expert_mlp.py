@@ -11,6 +11,7 @@ from tiny import assert_close
 
 from pallas_kernels import choice
 from pallas_kernels.expert_mlp import expert_mlp, token_mlp, xla
+from pallas_kernels.norm import Norm
 
 EXPERTS, WIDTH, FEATURES = 5, 7, 6
 
@@ -201,6 +202,13 @@ def test_token_mlp_refuses_what_does_not_fit(changes, message):
     values = arguments(2) | {"weights": random(3, 2, 2), "ids": np.zeros((2, 2), np.int32)}
     with pytest.raises(ValueError, match=message):
         call(token_mlp, **values | changes)
+
+
+def test_token_mlp_refuses_a_norm_of_other_rows():
+    values = {k: jnp.asarray(v) for k, v in arguments(2).items()} | {"weights": jnp.asarray(random(3, 2, 2))}
+    norm = Norm(jnp.ones(5), 1e-5, jnp.dtype("float32"))
+    with pytest.raises(ValueError, match=r"token_mlp: x \(2, 6\) does not fit a norm of \(5,\) in 1 groups"):
+        token_mlp(**values, ids=jnp.zeros((2, 2), jnp.int32), norm=norm)
 
 
 def test_the_kernels_refuse_tokens_without_experts():

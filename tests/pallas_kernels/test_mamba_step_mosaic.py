@@ -7,21 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import step_cases as cases
-from ssd_cases import plgpu, without_races
+from ssd_cases import without_races
 from tiny import assert_close
 
 from pallas_kernels.mamba_step import mamba_step
 from pallas_kernels.rounding import round_stochastically
 
+pytestmark = pytest.mark.usefixtures("interpreter")
+
 run = jax.jit(functools.partial(mamba_step, implementation="mosaic_gpu"), static_argnames="dt_limit")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def interpreter():
-    jax.clear_caches()
-    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
-        yield
-    jax.clear_caches()
 
 
 def check(values, options, limit=(0.0, np.inf)):

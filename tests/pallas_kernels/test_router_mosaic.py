@@ -7,20 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import router_cases as cases
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from tiny import assert_close
 
 from pallas_kernels.router import Rule, choose_experts
 
-pytestmark = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the interpreter needs jax 0.11")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def interpreter():
-    jax.clear_caches()
-    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
-        yield
-    jax.clear_caches()
+pytestmark = [
+    pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the interpreter needs jax 0.11"),
+    pytest.mark.usefixtures("interpreter"),
+]
 
 
 run = functools.partial(
