@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -33,6 +34,9 @@ class BlockOutput(NamedTuple):
     state: Any
 
 
+# Layers of one kind differ in their arrays only: a model traces and lowers one of them, kernels too. Inlined, since XLA
+# rounds to bfloat16 at other places where a function ends.
+@functools.partial(jax.jit, static_argnames=("kind", "config", "implementation", "shard"), inline=True)
 def block(
     params: dict[str, Any],
     x: Float[Array, "B T D"],
