@@ -13,6 +13,7 @@ MULTIPROCESSORS = 132
 REGISTERS = (152, 176)
 GRADIENT_SLOTS = 3  # units in flight in the gradient of a chunk; at least 2: a slot is filled again a unit late
 GRADIENT_STATE = 128  # columns of a state whose gradient the registers hold; larger states go slice by slice
+_FEWEST_CHUNKS = 3  # of states over 128
 _SHORTEST_PIECE = 4  # chunks; a piece costs the reading and writing of a state, as much as 2 to 3 chunks of inputs
 _FIRST_PASS = 0.5  # time of a chunk in the first pass, in chunks of the second
 
@@ -21,7 +22,7 @@ class Plan(NamedTuple):
     """How one scan is cut.
 
     Attributes:
-      chunks: of the whole sequence. piece: chunks in a piece. slots: chunks in flight.
+      chunks: of the whole sequence, or more. piece: chunks in a piece. slots: chunks in flight.
       heads, blocks: of a thread block: heads, and row blocks of each; one warpgroup for each of these.
       interpret: on the CPU.
     """
@@ -48,7 +49,8 @@ def plan(batch: int, length: int, heads: int, share: int, width: int, state: int
     wide = state > 128  # 64 x 256 float32 take half of the registers there are: one warpgroup of states
     lane_blocks = 2 if blocks % 2 == 0 and not wide else 1
     lane_heads = 2 if blocks == 1 and share % 2 == 0 and not wide else 1
-    chunks = -(-length // CHUNK)
+    # ptxas unrolls one and two, and then the registers do not suffice; a chunk behind the end does nothing.
+    chunks = max(-(-length // CHUNK), _FEWEST_CHUNKS if wide else 1)
     thread_blocks = batch * heads // lane_heads * blocks // lane_blocks
     slots = min(chunks, 2 if wide else 3)
     return Plan(chunks, _piece(chunks, thread_blocks), slots, lane_heads, lane_blocks, interpret)
