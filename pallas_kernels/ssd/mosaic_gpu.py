@@ -3,15 +3,15 @@
 The sequence of every head is cut into pieces, so many that heads x pieces fill the multiprocessors; a piece is walked
 in chunks of 64 tokens, its state in registers.
   1. `mosaic_steps.steps`: step sizes from dt (bias, softplus, limit), documents and pads, and the running sums a.
-  2. `mosaic_parts.piece_states`: the state that each piece but the last leaves if it starts from zero, one product a
-     chunk. A scan over the few pieces (plain JAX) turns these into the state before each piece.
+  2. `mosaic_parts.piece_states`: the state that each piece but the last leaves if it starts from zero, a sum of
+     products. A scan over the few pieces (plain JAX) turns these into the state before each piece.
   3. `_scan`: each piece from its true state. With a the running sum of the log decay inside a chunk,
          links[l, s] = (C_l . B_s) exp(a_l - a_s) dt_s for s <= l, and D on the diagonal
          y^T         = S C^T exp(a_l) + x^T links^T
          S           = exp(a_end) S + (x^T exp(a_end - a_s) dt_s) B
-     One warpgroup loads (TMA) and makes the links: C B^T once for the heads of a thread block, then the decays of each.
-     One or two others hold 64 rows of a state each and run one chunk behind. S and x^T are operands in registers, so
-     the only thing that passes through shared memory is the links, bfloat16.
+     One or two warpgroups load (TMA) and make the links of a head each: C B^T, then the decays. One or two others hold
+     64 rows of a state each and run one chunk behind. S and x^T are operands in registers, so the only thing that
+     passes through shared memory is the links, bfloat16.
 
 Roofline, Nano (64 heads x 64 in 8 groups, state 128), 8,192 tokens on an H100 (3.35 TB/s, 989 TFLOP/s): x, B, C in and
 y out are 20.5 KB a token, running sums and steps 0.8 KB, four pieces read x and B again for three quarters of the
@@ -131,80 +131,94 @@ def _scan(plan, x, B, C, vectors, skip, before):
         B=parts.matrices(slots, CHUNK, state_size),
         C=parts.matrices(slots, CHUNK, state_size),
         vectors=parts.floats(slots, plan.heads, 3, CHUNK),
-        links=parts.matrices(slots, plan.heads, CHUNK, CHUNK),
+        links=parts.matrices(slots, plan.heads, CHUNK, CHUNK, columns=plan.part),
         into=parts.floats(slots, plan.heads, CHUNK),
         outof=parts.floats(slots, plan.heads, CHUNK),
         y=parts.matrices(lanes, CHUNK, ROWS),
         loaded=plgpu.Barrier(num_arrivals=3 + lanes, num_barriers=slots),
-        linked=plgpu.Barrier(num_barriers=slots),
+        linked=plgpu.Barrier(num_barriers=slots * plan.heads),
         consumed=plgpu.Barrier(num_arrivals=lanes, num_barriers=slots),
         spare=parts.spare_tiles(lanes, plan.interpret),
     )
 
     def body(x, B, C, vectors, skip, before, y, after, *scratch):
         s, place, thread = _ScanScratch(*scratch), parts.Place(plan), lax.axis_index("thread")
-        pl.when(thread == 0)(lambda: _load_and_link(plan, place, (x, B, C, vectors), skip, s))
-        pl.when(thread > 0)(lambda: _advance(plan, place, thread - 1, before, y, after, s))
+        linkers = plan.heads
+        pl.when(thread < linkers)(lambda: _load_and_link(plan, place, thread, (x, B, C, vectors), skip, s))
+        pl.when(thread >= linkers)(lambda: _advance(plan, place, thread - linkers, before, y, after, s))
 
     after = jax.ShapeDtypeStruct((batch, heads, width, state_size), jnp.float32)
     out_type = (jax.ShapeDtypeStruct(x.shape, x.dtype), after)
-    run = parts.launch_walk(plan, body, "ssd_scan", x, plan.pieces, out_type, scratch)
+    run = parts.launch_walk(plan, body, "ssd_scan", x, plan.pieces, out_type, scratch, threads=plan.heads + lanes)
     return run(x, B, C, vectors, skip, before)
 
 
 def _take_registers(plan, role):
     if plan.lanes == 2:
-        plgpu.set_max_registers(tuning.REGISTERS[role], action=("decrease", "increase")[role])
+        plgpu.set_max_registers(tuning.REGISTERS[plan.heads][role], action=("decrease", "increase")[role])
 
 
-def _load_and_link(plan, place, inputs, skip, s):
-    """The first warpgroup: keeps the slots filled and makes the links of each chunk."""
+def _load_and_link(plan, place, head, inputs, skip, s):
+    """The first warpgroups: make the links of a head, chunk by chunk, and keep the slots filled between them."""
     _take_registers(plan, 0)
-    for c in range(plan.slots):
-        pl.when(c < place.chunks)(lambda c=c: _load_chunk(plan, place, jnp.int32(c), *inputs, s))
-    skips = [skip[place.head + head] for head in range(plan.heads)]
+    skip = skip[place.head + head]
+
+    @pl.loop(0, jnp.minimum(plan.slots, place.chunks))
+    def _(c):
+        _load_chunk(plan, place, head, c, *inputs, s)
 
     @pl.loop(0, place.chunks)
     def _(c):
         slot = lax.rem(c, plan.slots)
         plgpu.barrier_wait(s.loaded.at[slot])
-        scores = parts.product((CHUNK, CHUNK), (s.C.at[slot], s.B.at[slot].transpose((1, 0))))
-        for head in range(plan.heads):
-            _link(plan, scores, skips[head], slot, head, s)
+        _link(plan, skip, slot, head, s)
         plgpu.commit_smem()
-        plgpu.barrier_arrive(s.linked.at[slot])
+        plgpu.barrier_arrive(s.linked.at[slot * plan.heads + head])
 
         # The slot of the chunk before is the next one to come free: the states run one chunk behind.
         @pl.when((c > 0) & (c - 1 + plan.slots < place.chunks))
         def _():
             plgpu.barrier_wait(s.consumed.at[lax.rem(c - 1, plan.slots)])
-            _load_chunk(plan, place, c - 1 + plan.slots, *inputs, s)
+            _load_chunk(plan, place, head, c - 1 + plan.slots, *inputs, s)
 
     parts.drain(plan, place.chunks, s)
 
 
-def _load_chunk(plan, place, c, x, B, C, vectors, s):
+def _load_chunk(plan, place, head, c, x, B, C, vectors, s):
+    """The first of the linking warpgroups loads B and C, the last one the rest."""
     slot, tokens = lax.rem(c, plan.slots), place.tokens(c)
     copy = lambda source, target: plgpu.copy_gmem_to_smem(source, target, s.loaded.at[slot])
-    parts.load_keys(place, B, x, tokens, s.B.at[slot], copy)
-    parts.load_keys(place, C, x, tokens, s.C.at[slot], copy)
-    parts.load_values(plan, place, x, tokens, s.x.at[slot], copy)
-    parts.copy_vectors(plan, place, vectors, tokens, s.vectors.at[slot], copy)
+
+    @pl.when(head == 0)
+    def _():
+        parts.load_keys(place, B, x, tokens, s.B.at[slot], copy)
+        parts.load_keys(place, C, x, tokens, s.C.at[slot], copy)
+
+    @pl.when(head == plan.heads - 1)
+    def _():
+        parts.load_values(plan, place, x, tokens, s.x.at[slot], copy)
+        parts.copy_vectors(plan, place, vectors, tokens, s.vectors.at[slot], copy)
 
 
-def _link(plan, scores, skip, slot, head, s):
-    """Everything about a head's chunk that follows from its decays."""
+def _link(plan, skip, slot, head, s):
+    """Everything about a head's chunk that follows from its decays; the links in parts, which take fewer registers."""
     vectors = s.vectors.at[slot, head]
     coarse, fine, step = parts.load_vectors(vectors, PER_ROW)
-    column_coarse, column_fine, column_step = parts.load_vectors(vectors, PER_COLUMN)
-    pair = (parts.across(coarse) - parts.down(column_coarse)) + (parts.across(fine) - parts.down(column_fine))
-    row, column = (plgpu.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), i, layout=WGMMA) for i in (0, 1))
-    links = jnp.where(row >= column, scores * jnp.exp2(pair) * parts.down(column_step), 0.0)
-    links += jnp.where(row == column, skip, 0.0)
-    s.links.at[slot, head][...] = links.astype(jnp.bfloat16)
-
     s.into.at[slot, head][...] = jnp.exp2(coarse + fine)
     s.outof.at[slot, head][...] = parts.to_end(vectors, coarse, fine) * step
+
+    @pl.loop(0, CHUNK // plan.part)
+    def _(part):
+        first, shape = pl.multiple_of(part * plan.part, plan.part), (CHUNK, plan.part)
+        columns = pl.ds(first, plan.part)
+        scores = parts.product(shape, (s.C.at[slot], s.B.at[slot, columns].transpose((1, 0))))
+        column_coarse, column_fine, column_step = parts.load_vectors(vectors.at[:, columns], PER_COLUMN)
+        across, down = (lambda v: parts.across(v, plan.part)), parts.down
+        pair = (across(coarse) - down(column_coarse)) + (across(fine) - down(column_fine))
+        row, column = (plgpu.broadcasted_iota(jnp.int32, shape, i, layout=WGMMA) for i in (0, 1))
+        links = jnp.where(row >= column + first, scores * jnp.exp2(pair) * down(column_step), 0.0)
+        links += jnp.where(row == column + first, skip, 0.0)
+        s.links.at[slot, head, :, columns][...] = links.astype(jnp.bfloat16)
 
 
 def _advance(plan, place, lane, before, y, after, s):
@@ -216,7 +230,7 @@ def _advance(plan, place, lane, before, y, after, s):
     def chunk(c, state):
         slot = lax.rem(c, plan.slots)
         plgpu.barrier_wait(s.loaded.at[slot])
-        plgpu.barrier_wait(s.linked.at[slot])
+        plgpu.barrier_wait(s.linked.at[slot * plan.heads + head])
         out, x = _outputs(state, slot, head, lane, slabs, s)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         s.y.at[lane].transpose((1, 0))[...] = plgpu.layout_cast(out, plgpu.Layout.WGMMA_TRANSPOSED)

@@ -88,14 +88,19 @@ def states_before_pieces(plan, x, B, vectors, ends, initial, reverse=False):
     """
     if plan.pieces == 1:
         return initial[:, :, None]
-    decay = _piece_decays(plan, ends[:, ::-1] if reverse else ends)
-    return _states_before(decay, piece_states(plan, x, B, vectors, reverse), initial)
+    later, decay = _decays_of_pieces(plan, ends[:, ::-1] if reverse else ends)
+    return _states_before(decay, piece_states(plan, x, B, vectors, later, reverse), initial)
 
 
-def _piece_decays(plan, chunks):
-    """The decay over each piece but the last, [B, K, pieces - 1]. chunks: log decay over each chunk, [B, c, K]."""
-    whole = rearrange(chunks[:, : (plan.pieces - 1) * plan.piece], "b (p c) k -> b k p c", c=plan.piece)
-    return jnp.exp2(whole.sum(axis=-1))
+def _decays_of_pieces(plan, chunks):
+    """Of each piece but the last: log decay from each chunk to the piece's end, [B, K, pieces - 1, c], whole decay.
+
+    chunks: log decay over each chunk, [B, c, K].
+    """
+    each = rearrange(chunks[:, : (plan.pieces - 1) * plan.piece], "b (p c) k -> b k p c", c=plan.piece)
+    after = jnp.pad(each[..., 1:], ((0, 0),) * 3 + ((0, 1),))
+    later = lax.cumsum(after, axis=3, reverse=True)
+    return later, jnp.exp2(later[..., 0] + each[..., 0])
 
 
 def _states_before(decay, states, initial):
@@ -141,46 +146,42 @@ class Place:
         return pl.ds((self.block + block) * ROWS, ROWS)
 
 
-def launch_walk(plan, body, name, x, pieces, out_type, scratch):
-    """A kernel whose thread blocks are `Place`s; x: [B, T, K, P]."""
+def launch_walk(plan, body, name, x, pieces, out_type, scratch, threads=None):
+    """A kernel whose thread blocks are `Place`s; x: [B, T, K, P]. threads: warpgroups, one more than lanes if None."""
     batch, _, heads, width = x.shape
     grid = dict(batch=batch, heads=heads // plan.heads, blocks=width // ROWS // plan.blocks, piece=pieces)
-    return launch(body, name, grid, 1 + plan.lanes, out_type, scratch, plan.interpret)
+    return launch(body, name, grid, threads or 1 + plan.lanes, out_type, scratch, plan.interpret)
 
 
-def matrices(*shape):
-    """bfloat16 matrices in shared memory, laid out for wgmma."""
-    return plgpu.SMEM(shape, jnp.bfloat16, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
+def matrices(*shape, columns=64):
+    """bfloat16 matrices in shared memory, laid out for wgmma; parts of them are multiples of `columns`."""
+    transforms = plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns)
+    return plgpu.SMEM(shape, jnp.bfloat16, transforms=transforms)
 
 
 def floats(*shape):
     return plgpu.SMEM(shape, jnp.float32)
 
 
-def across(vector):
-    return lax.broadcast_in_dim(vector, (CHUNK, CHUNK), [0])
+def across(vector, columns=CHUNK):
+    return lax.broadcast_in_dim(vector, (*vector.shape, columns), [0])
 
 
-def down(vector):
-    return lax.broadcast_in_dim(vector, (CHUNK, CHUNK), [1])
+def down(vector, rows=CHUNK):
+    return lax.broadcast_in_dim(vector, (rows, *vector.shape), [1])
 
 
 def product(shape, *operands, initial=None, spare=None):
     """The sum of `a @ b` over the pairs, float32, and of `initial`, which needs every `a` in registers.
 
-    The interpreter wants `a` in shared memory: where it is in registers, it goes through `spare` there. The
-    interpreter's accumulators begin with zero.
+    spare: see `multiply`. The interpreter's accumulators begin with zero.
     """
 
     def accumulate(acc):
         for i, (a, b) in enumerate(operands):
             if i >= 2:
                 plgpu.wgmma_wait(1)  # frees the registers of the operand before the last
-            if spare is not None:
-                spare[...] = a
-                plgpu.commit_smem()
-                a = spare
-            plgpu.wgmma(acc, a, b)
+            multiply(acc, a, b, spare)
 
     def from_zero(acc):
         accumulate(acc)
@@ -191,6 +192,15 @@ def product(shape, *operands, initial=None, spare=None):
     if spare is not None:
         return initial + product(shape, *operands, spare=spare)
     return pl.run_state(accumulate)(plgpu.ACC.init(initial))
+
+
+def multiply(acc, a, b, spare):
+    """Starts `acc += a @ b`. The interpreter wants `a` in shared memory: `spare` there, if it is in registers."""
+    if spare is not None:
+        spare[...] = a
+        plgpu.commit_smem()
+        a = spare
+    plgpu.wgmma(acc, a, b)
 
 
 def spare_tiles(lanes, interpret):
@@ -224,14 +234,19 @@ def zeros():
     return plgpu.layout_cast(jnp.zeros((ROWS, ROWS), jnp.float32), WGMMA)
 
 
-def to_end(vectors, coarse, fine):
-    """The decay from each token, without its own, to the chunk's end."""
-    return jnp.exp2((vectors[COARSE, CHUNK - 1] - coarse) + (vectors[FINE, CHUNK - 1] - fine))
+def to_end(vectors, coarse, fine, later=0.0):
+    """The decay from each token, without its own, to the chunk's end, and over log decays `later`."""
+    return jnp.exp2((vectors[COARSE, CHUNK - 1] - coarse) + (vectors[FINE, CHUNK - 1] - fine) + later)
+
+
+def weighted(x, weights):
+    """x^T [64, 64] bfloat16, each token's column with its weight."""
+    return (x.astype(jnp.float32) * down(weights)).astype(jnp.bfloat16)
 
 
 def next_state(state, x, weights, vectors, B, spare):
     """The state after a chunk. x: [64, 64], x^T in registers."""
-    x = (x.astype(jnp.float32) * down(weights)).astype(jnp.bfloat16)
+    x = weighted(x, weights)
     decay = jnp.exp2(vectors[COARSE, CHUNK - 1] + vectors[FINE, CHUNK - 1])
     added = (product((ROWS, ROWS), (x, B.at[:, slab]), spare=spare) for slab in slabs_of(B.shape[-1]))
     return tuple(decay * v + a for v, a in zip(state, added, strict=True))
@@ -289,24 +304,56 @@ def _walk_scratch(plan, state_size, keep):
     )
 
 
-def piece_states(plan, x, B, vectors, reverse=False):
-    """What each piece but the last leaves if it starts from zero: [B, K, pieces - 1, P, N] float32."""
-    (batch, _, heads, width), state_size = x.shape, B.shape[-1]
+def piece_states(plan, x, B, vectors, later, reverse=False):
+    """What each piece but the last leaves if it starts from zero: [B, K, pieces - 1, P, N] float32.
 
-    def body(x, B, vectors, states, *scratch):
+    later: log decay from each chunk of a piece, in the order of the walk, to the piece's end, [B, K, pieces - 1, c].
+      With it in the tokens' weights nothing but sums is left, and a product can run while the next one is prepared.
+    """
+    (batch, _, heads, width), state_size = x.shape, B.shape[-1]
+    slabs = slabs_of(state_size)
+
+    def body(x, B, vectors, later, states, *scratch):
         s, place, thread = _WalkScratch(*scratch), Place(plan, reverse), lax.axis_index("thread")
         pl.when(thread == 0)(lambda: _load_piece(plan, place, x, B, vectors, s))
 
         @pl.when(thread > 0)
         def _():
             head, rows = _lane(plan, place, thread - 1)
-            slabs = slabs_of(state_size)
-            state = _walk(plan, place, thread - 1, (zeros(),) * len(slabs), reverse, s)
-            _store_state(states.at[place.batch, head, place.piece, rows], slabs, state)
+
+            def walk(*sums):
+                _accumulate(plan, place, thread - 1, later.at[place.batch, head, place.piece], sums, slabs, reverse, s)
+                _store_state(states.at[place.batch, head, place.piece, rows], slabs, [acc[...] for acc in sums])
+
+            pl.run_scoped(walk, *(plgpu.ACC((ROWS, ROWS), jnp.float32) for _ in slabs))
 
     out_type = jax.ShapeDtypeStruct((batch, heads, plan.pieces - 1, width, state_size), jnp.float32)
     scratch = _walk_scratch(plan, state_size, keep=False)
-    return launch_walk(plan, body, "ssd_piece_states", x, plan.pieces - 1, out_type, scratch)(x, B, vectors)
+    run = launch_walk(plan, body, "ssd_piece_states", x, plan.pieces - 1, out_type, scratch)
+    return run(x, B, vectors, later)
+
+
+def _accumulate(plan, place, lane, later, sums, slabs, reverse, s):
+    """Adds up what all chunks of a piece leave at its end."""
+    last = place.chunks - 1
+    slot_of = lambda c: lax.rem(c, plan.slots)
+
+    def chunk(c, rest):
+        slot, following = slot_of(c), later[jnp.minimum(c + 1, last)]
+        plgpu.barrier_wait(s.loaded.at[slot])
+        vectors = s.vectors.at[slot, lax.div(lane, plan.blocks)]
+        coarse, fine, step = load_vectors(vectors, PER_COLUMN)
+        weights = jnp.exp2(coarse + fine + rest) if reverse else to_end(vectors, coarse, fine, rest) * step
+        x = weighted(load_transposed(s.x.at[slot, lane]), weights)
+        plgpu.wgmma_wait(0)
+        pl.when(c > 0)(lambda: plgpu.barrier_arrive(s.consumed.at[slot_of(c - 1)]))
+        for acc, slab in zip(sums, slabs, strict=True):
+            multiply(acc, x, s.B.at[slot, :, slab], spare_of(lane, s))
+        return following
+
+    lax.fori_loop(0, place.chunks, chunk, later[0])
+    plgpu.wgmma_wait(0)
+    plgpu.barrier_arrive(s.consumed.at[slot_of(last)])
 
 
 def chunk_states(plan, x, B, vectors, before, reverse=False):
@@ -368,7 +415,7 @@ def _load_piece(plan, place, x, B, vectors, s):
     drain(plan, place.chunks, s)
 
 
-def _walk(plan, place, lane, state, reverse, s, visit=lambda c, state: None):
+def _walk(plan, place, lane, state, reverse, s, visit):
     """The state after a piece; `visit` sees it before each chunk."""
 
     def chunk(c, state):

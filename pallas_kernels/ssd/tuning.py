@@ -9,8 +9,8 @@ from pallas_kernels.tuned import tuned
 CHUNK = 64  # tokens: the fewest products a token (the state costs 2 P N whatever the chunk, the links 2 (N + P) chunk)
 ROWS = 64  # rows of a state that one warpgroup holds: the height of a wgmma
 MULTIPROCESSORS = 132
-# Registers a thread of the linking warpgroup and of the two that hold states: 152 + 2 * 176 = 3 * 168.
-REGISTERS = (152, 176)
+# Registers a thread of the warpgroups that link, one or two, and of the two that hold states.
+REGISTERS = {1: (152, 176), 2: (80, 176)}  # 152 + 2 * 176 = 3 * 168, 2 * 80 + 2 * 176 = 4 * 128
 GRADIENT_SLOTS = 3  # units in flight in the gradient of a chunk; at least 2: a slot is filled again a unit late
 GRADIENT_STATE = 128  # columns of a state whose gradient the registers hold; larger states go slice by slice
 _FEWEST_CHUNKS = 3  # of states over 128
@@ -41,6 +41,11 @@ class Plan(NamedTuple):
     @property
     def lanes(self) -> int:
         return self.heads * self.blocks
+
+    @property
+    def part(self) -> int:
+        """Columns of the links that are made at a time: fewer where a warpgroup of few registers makes them."""
+        return CHUNK // self.heads
 
 
 def plan(batch: int, length: int, heads: int, share: int, width: int, state: int, *, interpret: bool) -> Plan:
