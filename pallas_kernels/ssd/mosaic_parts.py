@@ -308,7 +308,7 @@ def piece_states(plan, x, B, vectors, later, reverse=False):
     """What each piece but the last leaves if it starts from zero: [B, K, pieces - 1, P, N] float32.
 
     later: log decay from each chunk of a piece, in the order of the walk, to the piece's end, [B, K, pieces - 1, c].
-      With it in the tokens' weights nothing but sums is left, and a product can run while the next one is prepared.
+      With it in the tokens' weights nothing but sums is left.
     """
     (batch, _, heads, width), state_size = x.shape, B.shape[-1]
     slabs = slabs_of(state_size)
@@ -335,25 +335,22 @@ def piece_states(plan, x, B, vectors, later, reverse=False):
 
 def _accumulate(plan, place, lane, later, sums, slabs, reverse, s):
     """Adds up what all chunks of a piece leave at its end."""
-    last = place.chunks - 1
-    slot_of = lambda c: lax.rem(c, plan.slots)
 
     def chunk(c, rest):
-        slot, following = slot_of(c), later[jnp.minimum(c + 1, last)]
+        slot, following = lax.rem(c, plan.slots), later[jnp.minimum(c + 1, place.chunks - 1)]
         plgpu.barrier_wait(s.loaded.at[slot])
         vectors = s.vectors.at[slot, lax.div(lane, plan.blocks)]
         coarse, fine, step = load_vectors(vectors, PER_COLUMN)
         weights = jnp.exp2(coarse + fine + rest) if reverse else to_end(vectors, coarse, fine, rest) * step
         x = weighted(load_transposed(s.x.at[slot, lane]), weights)
-        plgpu.wgmma_wait(0)
-        pl.when(c > 0)(lambda: plgpu.barrier_arrive(s.consumed.at[slot_of(c - 1)]))
         for acc, slab in zip(sums, slabs, strict=True):
             multiply(acc, x, s.B.at[slot, :, slab], spare_of(lane, s))
+            # The registers of the operand are free only now: the next chunk must not be prepared before.
+            plgpu.wgmma_wait(0)
+        plgpu.barrier_arrive(s.consumed.at[slot])
         return following
 
     lax.fori_loop(0, place.chunks, chunk, later[0])
-    plgpu.wgmma_wait(0)
-    plgpu.barrier_arrive(s.consumed.at[slot_of(last)])
 
 
 def chunk_states(plan, x, B, vectors, before, reverse=False):
