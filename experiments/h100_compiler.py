@@ -20,6 +20,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from experiments.ptx import overwritten_operands
 from nemojax.gpu_targets import abstract_devices, gpu
 from nemojax.kernel_calls import kernel_calls, text_without_code
 
@@ -93,6 +94,7 @@ def _kernel(path):
     """What Mosaic's dump says: NAME_NUMBER.ptx, and beside it ptxas' log and the kernel after each pass."""
     source, log = path.read_text(), path.with_suffix(".ptxas").read_text()
     assert "serialized" not in log, f"{path.stem}: ptxas serialises wgmma: {log}"
+    assert not (wrong := overwritten_operands(source)), f"{path.stem}: written while wgmma reads it: {wrong}"
     launch = _launch(path.with_suffix(".mlir-passes.log"))
     number = lambda pattern: sum(int(n) for n in re.findall(pattern, log))
     (registers,) = re.findall(r"Used (\d+) registers", log)

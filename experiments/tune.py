@@ -136,8 +136,6 @@ def _lowered(choice: Choice, table: Table, pool: ThreadPoolExecutor) -> Iterator
     inputs = [jax.eval_shape(choice.case.arrays, jax.random.key(0))] * SETS
     for more in ({}, *choice.candidates):
         with using(merged(table, more)):
-            # Tracing knows nothing of the table: what it has seen before would be taken from its cache.
-            jax.clear_caches()
             lowered = jax.jit(in_turn(choice.case.call("mosaic_gpu"))).lower(inputs)
         yield pool.submit(lowered.compile)
 

@@ -10,6 +10,8 @@ import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import jax
+
 PATH = Path(__file__).with_name("tuned.json")
 # operation -> shape, its numbers joined by commas -> block sizes; what they mean is the operation's to say.
 Table = Mapping[str, Mapping[str, list[int]]]
@@ -24,10 +26,15 @@ def tuned(operation: str, *shape: int) -> list[int] | None:
 
 @contextlib.contextmanager
 def using(table: Table) -> Iterator[None]:
-    """Another table while programs are traced; not for several threads at once."""
+    """Another table while programs are traced; not for several threads at once.
+
+    JAX forgets what it has traced, before and after: it would not see that the table is another one.
+    """
     global _table
     before, _table = _table, table
+    jax.clear_caches()
     try:
         yield
     finally:
         _table = before
+        jax.clear_caches()

@@ -234,9 +234,21 @@ def zeros():
     return plgpu.layout_cast(jnp.zeros((ROWS, ROWS), jnp.float32), WGMMA)
 
 
-def to_end(vectors, coarse, fine, later=0.0):
-    """The decay from each token, without its own, to the chunk's end, and over log decays `later`."""
-    return jnp.exp2((vectors[COARSE, CHUNK - 1] - coarse) + (vectors[FINE, CHUNK - 1] - fine) + later)
+def _log_to_end(vectors, coarse, fine):
+    return (vectors[COARSE, CHUNK - 1] - coarse) + (vectors[FINE, CHUNK - 1] - fine)
+
+
+def to_end(vectors, coarse, fine):
+    """The decay from each token, without its own, to the chunk's end."""
+    return jnp.exp2(_log_to_end(vectors, coarse, fine))
+
+
+def _walk_weights(vectors, reverse, later=None):
+    """The weight of each token in the state after its chunk, in the order of the walk, or a log decay `later`."""
+    coarse, fine, step = load_vectors(vectors, PER_COLUMN)
+    log_decay = coarse + fine if reverse else _log_to_end(vectors, coarse, fine)
+    decay = jnp.exp2(log_decay if later is None else log_decay + later)
+    return decay if reverse else decay * step
 
 
 def weighted(x, weights):
@@ -340,9 +352,7 @@ def _accumulate(plan, place, lane, later, sums, slabs, reverse, s):
         slot, following = lax.rem(c, plan.slots), later[jnp.minimum(c + 1, place.chunks - 1)]
         plgpu.barrier_wait(s.loaded.at[slot])
         vectors = s.vectors.at[slot, lax.div(lane, plan.blocks)]
-        coarse, fine, step = load_vectors(vectors, PER_COLUMN)
-        weights = jnp.exp2(coarse + fine + rest) if reverse else to_end(vectors, coarse, fine, rest) * step
-        x = weighted(load_transposed(s.x.at[slot, lane]), weights)
+        x = weighted(load_transposed(s.x.at[slot, lane]), _walk_weights(vectors, reverse, rest))
         for acc, slab in zip(sums, slabs, strict=True):
             multiply(acc, x, s.B.at[slot, :, slab], spare_of(lane, s))
             # The registers of the operand are free only now: the next chunk must not be prepared before.
@@ -420,8 +430,7 @@ def _walk(plan, place, lane, state, reverse, s, visit):
         visit(c, state)
         plgpu.barrier_wait(s.loaded.at[slot])
         vectors = s.vectors.at[slot, lax.div(lane, plan.blocks)]
-        coarse, fine, step = load_vectors(vectors, PER_COLUMN)
-        weights = jnp.exp2(coarse + fine) if reverse else to_end(vectors, coarse, fine) * step
+        weights = _walk_weights(vectors, reverse)
         x = load_transposed(s.x.at[slot, lane])
         state = next_state(state, x, weights, vectors, s.B.at[slot], spare_of(lane, s))
         plgpu.barrier_arrive(s.consumed.at[slot])
