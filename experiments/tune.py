@@ -76,7 +76,7 @@ def scan(config: Config, tokens: int) -> Choice:
 
 def projection(inputs: int, *outputs: int) -> Choice:
     """Columns of an item of one row's products."""
-    key = ",".join(f"1,{n}" for n in outputs)
+    key = ",".join([f"{inputs}", *(f"1,{n}" for n in outputs)])
     return Choice(cases.projection_case(inputs, *outputs), _tables("matvec rows", key, _COLUMNS))
 
 
@@ -89,7 +89,7 @@ def token(config: Config) -> list[Choice]:
     )
     together = config.moe_latent_size is None
     case = cases.token_experts_case(config, 1, shared=together)
-    up = f"{chosen},{width}" + (f",1,{shared}" if together else "")
+    up = f"{config.expert_width},{chosen},{width}" + (f",1,{shared}" if together else "")
     steps = chosen * -(-width // DEPTH) + together * -(-shared // DEPTH)
     down = _tables("matvec columns", f"{steps},{config.expert_width}", range(1, 9))
     return [Choice(case, _tables("matvec rows", up, _COLUMNS)), Choice(case, down)]

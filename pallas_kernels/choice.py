@@ -26,9 +26,10 @@ def choose(
     A named implementation is never replaced by another one: it runs, or raises what stops it.
 
     Args:
-      operation: for messages. implementations: by name.
+      operation: for messages. implementations: by name. name: of the one that is asked for, or None.
       refusals: of some implementations, why they cannot run with the arguments at hand, or None where they can.
-      best: the default where the program is for a Hopper GPU and its kernels, `"mosaic_gpu"`, can run.
+      best: the default where the program is for a Hopper GPU and its kernels can run, of which `refusals` must speak
+        as `"mosaic_gpu"`.
 
     Raises:
       ValueError: no implementation has that name (the message lists those that exist), or it cannot run.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -19,19 +20,24 @@ ROW_LAYOUT = plgpu.Layout.TILED(
 EACH_ROW, EACH_COLUMN = ROW_LAYOUT.reduce(1), ROW_LAYOUT.reduce(0)
 
 
+def too_old() -> str | None:
+    """Why the JAX at hand cannot run the kernels, or None if it can."""
+    return None if jax.__version_info__ >= (0, 11) else f"jax {jax.__version__} is older than 0.11"
+
+
 def read(ref: Any, layout: Any = ROW_LAYOUT) -> Any:
     """What `ref` holds, in registers."""
     return plgpu.load(ref, layout=layout, optimized=False)
 
 
-def down(vector: Any, rows: int) -> Any:
+def down(vector: Any, rows: int, layout: Any = ROW_LAYOUT) -> Any:
     """One value a column, for `rows` rows: [columns] -> [rows, columns]."""
-    return plgpu.layout_cast(lax.broadcast_in_dim(vector, (rows, *vector.shape), [1]), ROW_LAYOUT)
+    return plgpu.layout_cast(lax.broadcast_in_dim(vector, (rows, *vector.shape), [1]), layout)
 
 
-def across(vector: Any, columns: int = COLUMNS) -> Any:
+def across(vector: Any, columns: int = COLUMNS, layout: Any = ROW_LAYOUT) -> Any:
     """One value a row, for all columns: [rows] -> [rows, columns]."""
-    return plgpu.layout_cast(lax.broadcast_in_dim(vector, (*vector.shape, columns), [0]), ROW_LAYOUT)
+    return plgpu.layout_cast(lax.broadcast_in_dim(vector, (*vector.shape, columns), [0]), layout)
 
 
 def softplus(a: Any) -> Any:

@@ -13,8 +13,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-_SMALLEST, _LARGEST = 2.0**-126, 2.0**127  # powers of two that are normal float32 numbers
-
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def round_stochastically(
@@ -40,27 +38,27 @@ def _straight_through(dtype, primals, tangents):
 
 
 def neighbour(x: Array, place: Array, dtype: jax.typing.DTypeLike) -> Array:
-    """The same for any shape of `place` that fits that of `x`, without a gradient: kernels call it too."""
-    info = jnp.finfo(dtype)
+    """The same for any shape of `place` that fits that of `x`, without a gradient: kernels call it too.
+
+    Noise below the last bit that stays is added to the magnitude, as an integer, and what is below that bit dropped.
+    """
+    info, full = jnp.finfo(dtype), jnp.finfo(jnp.float32)
+    dropped = full.nmant - info.nmant
     bits = _as(jnp.uint32, x)
-    power = _as(jnp.float32, bits & jnp.uint32(0x7F800000))  # at most |x|
-    unit = jnp.maximum(
-        jnp.minimum(power, _LARGEST) * float(info.eps), max(float(info.tiny) * float(info.eps), _SMALLEST)
-    )
-    # The inverse by its exponent: a GPU's division of float32 is not exact.
-    units = x * _as(jnp.float32, jnp.uint32(254 << 23) - _as(jnp.uint32, unit))
-    whole = jnp.round(units)
-    whole = whole - jnp.where(whole > units, 1.0, 0.0)  # Mosaic has no floor
-    up = units - whole > _uniform(bits ^ (place.astype(jnp.uint32) * jnp.uint32(0x9E3779B9)))
-    return jnp.clip((whole + jnp.where(up, 1.0, 0.0)) * unit, float(info.min), float(info.max)).astype(dtype)
+    noise = _hash(bits ^ (place.astype(jnp.uint32) * jnp.uint32(0x9E3779B9))) >> (32 - dropped)
+    y = jnp.minimum(jnp.abs(x), float(info.max))
+    # Numbers under the least normal one of `dtype` have its unit: with it added, they are rounded as it is.
+    lift = jnp.where(y < float(info.tiny), float(info.tiny), 0.0) if info.tiny > full.tiny else 0.0
+    y = _as(jnp.float32, (_as(jnp.uint32, y + lift) + noise) & jnp.uint32(2**32 - 2**dropped)) - lift
+    y = _as(jnp.float32, _as(jnp.uint32, y) | bits & jnp.uint32(2**31))
+    return jnp.where(x == x, y, x).astype(dtype)
 
 
 def _as(dtype, a):
     return jax.lax.bitcast_convert_type(a, dtype)
 
 
-def _uniform(bits):
-    """A number from 0 to 1 for each pattern of bits (the finaliser of MurmurHash3)."""
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
-        bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
-    return ((bits ^ (bits >> 16)) >> 8).astype(jnp.float32) * 2.0**-24
+def _hash(bits):
+    """32 bits of which the upper ones depend on all of those given."""
+    bits = bits * jnp.uint32(0x85EBCA6B)
+    return (bits ^ (bits >> 16)) * jnp.uint32(0xC2B2AE35)

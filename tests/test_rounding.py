@@ -48,7 +48,7 @@ def test_a_neighbour_right_on_average(dtype):
 def test_what_the_dtype_holds_stays(dtype, place):
     """All 65,536 patterns but those of inf and NaN, and of numbers that are not normal in float32."""
     x = np.arange(2**16, dtype=np.uint16).view(jnp.dtype(dtype)).astype(np.float32)
-    x = x[np.isfinite(x) & ((x == 0) | (np.abs(x) > 2.0**-118))]
+    x = x[np.isfinite(x) & ((x == 0) | (np.abs(x) >= 2.0**-126))]
     np.testing.assert_array_equal(rounded(x, dtype, place), x.astype(np.float64))
 
 

@@ -16,9 +16,9 @@ Gradient: with pre the sum of the taps, s = 1 / (1 + exp(-pre)) and `reach` as a
 A tile makes d, float32, for 8 tokens more than dx, so that again nothing passes from tile to tile.
 
 Roofline, Nano (6,144 channels), 8,192 tokens on an H100 (3.35 TB/s): 101 MB in and 101 MB out, 60 us; gradient: x and
-dy in, dx out, 302 MB, 90 us. Instructions (SASS): about 20 and 54 an element, 34 and 91 us of 132 x 128 lanes at
-1.75 GHz. So the gradient is as much bound by them: its tiles overlap by an eighth, and every strip that it writes to
-shared memory is fenced.
+dy in, dx out, 302 MB, 90 us. Instructions (SASS) an element: 21 and 42, or 28 and 57 with documents, which are 36, 71,
+48 and 97 us of 132 x 128 lanes at 1.75 GHz. So the gradient with documents is as much bound by them: its tiles overlap
+by an eighth, and every strip that it writes to shared memory is fenced.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.causal_conv1d import xla
-from pallas_kernels.mosaic import COLUMNS, EACH_COLUMN, EACH_ROW, ROW_LAYOUT, across, down, launch, read
+from pallas_kernels.mosaic import COLUMNS, EACH_COLUMN, EACH_ROW, ROW_LAYOUT, across, down, launch, read, too_old
 
 LANES = COLUMNS  # channels of a thread block
 TILE = 64  # tokens of a tile
@@ -47,8 +47,6 @@ _MOST_TAPS = 5  # whose gradient the registers hold
 
 def supports(x: Any, weight: Any, sizes: tuple[int, ...]) -> str | None:
     """Why the kernels cannot take these inputs, or None if they can."""
-    if not hasattr(plgpu, "InterpretGPUParams"):
-        return "needs jax 0.11 or later"
     if x.dtype != jnp.bfloat16:
         return f"x must be bfloat16, got {x.dtype}"
     if any(size % LANES or size == 0 for size in sizes):
@@ -59,7 +57,7 @@ def supports(x: Any, weight: Any, sizes: tuple[int, ...]) -> str | None:
         return "there are no tokens"
     if x.shape[1] == 1:
         return "one token is one pass in plain JAX too"
-    return None
+    return too_old()
 
 
 def causal_conv1d(

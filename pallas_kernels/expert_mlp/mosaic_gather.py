@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.choice import with_gradient_of
-from pallas_kernels.mosaic import launch
+from pallas_kernels.mosaic import launch, too_old
 from pallas_kernels.persistent import DEPTH, SHARED_MEMORY, SMS
 
 _TOGETHER = 8  # rows
@@ -37,9 +37,7 @@ def supports(x: jax.Array, index: jax.Array) -> str | None:
         return f"rows of {x.shape[1]} are no multiple of {DEPTH}"
     if _fold(x.shape[1]) is None or _SLOTS * _TOGETHER * 2 * x.shape[1] > SHARED_MEMORY - 2048:
         return f"rows of {x.shape[1]} are no {_WIDEST} x {_WIDEST} at most, or too long for shared memory"
-    if jax.__version_info__ < (0, 11):
-        return f"jax {jax.__version__} is older than 0.11"
-    return None
+    return too_old()
 
 
 def _fold(width):

@@ -43,6 +43,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import persistent
 from pallas_kernels.expert_mlp import tuning
+from pallas_kernels.mosaic import too_old
 from pallas_kernels.persistent import DEPTH, MATRIX_ROWS, PEER, cut, swizzled
 
 _ALIGN = 8  # TMA of a swizzled tile starts at a multiple of this many rows
@@ -57,9 +58,7 @@ def supports(x: jax.Array, up: jax.Array, down: jax.Array) -> str | None:
         return f"the widths {up.shape[1]} and {up.shape[2]} are not both multiples of {DEPTH}"
     if x.shape[0] == 0:
         return "there are no rows"
-    if jax.__version_info__ < (0, 11):
-        return f"jax {jax.__version__} is older than 0.11"
-    return None
+    return too_old()
 
 
 class Plan(NamedTuple):

@@ -36,6 +36,7 @@ from pallas_kernels.flash_attention import tuning
 from pallas_kernels.flash_attention.mosaic_gpu_backward import backward
 from pallas_kernels.flash_attention.mosaic_merge import merge
 from pallas_kernels.flash_attention.mosaic_parts import HEAD_DIM, LOG2E, ROWS
+from pallas_kernels.mosaic import too_old
 from pallas_kernels.tiles import pad_to
 
 # Where a row has seen nothing yet: low enough for any score, and finite, so that differences are never inf - inf.
@@ -48,9 +49,7 @@ def supports(q, k) -> str | None:
         return f"the head dimension is {q.shape[-1]}, not {HEAD_DIM}"
     if q.dtype != jnp.bfloat16 or k.dtype != jnp.bfloat16:
         return f"q is {q.dtype} and k is {k.dtype}; both must be bfloat16"
-    if not hasattr(plgpu, "InterpretGPUParams"):
-        return f"jax {jax.__version__} is too old, 0.11 is needed"
-    return None
+    return too_old()
 
 
 @jax.custom_vjp

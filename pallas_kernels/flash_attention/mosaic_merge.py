@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mosaic import launch, read
+from pallas_kernels.mosaic import across, down, launch, read
 
 _AT_ONCE = 32
 _WIDTH = 128
@@ -43,12 +43,12 @@ def merge(
         def add(i, span):
             top, total, sums = span
             first = jnp.minimum(i * each, parts - each)
-            l = _across(read(lses.at[pl.ds(first, each), b, g, row], _EACH_PART))
+            l = across(read(lses.at[pl.ds(first, each), b, g, row], _EACH_PART), _WIDTH, _LAYOUT)
             part = plgpu.broadcasted_iota(jnp.int32, (each, _WIDTH), 0, layout=_LAYOUT) + first
             l = jnp.where(part >= i * each, l, -jnp.inf)  # the last ones reach back to what is done
             new = jnp.maximum(top, l.max(axis=0))
             finite = jnp.where(new == -jnp.inf, 0.0, new)
-            weights, shrink = jnp.exp(l - _down(finite, each)), jnp.exp(top - finite)
+            weights, shrink = jnp.exp(l - down(finite, each, _LAYOUT)), jnp.exp(top - finite)
             values = read(outs.at[pl.ds(first, each), b, row, g], _LAYOUT)
             return new, total * shrink + weights.sum(axis=0), sums * shrink + (weights * values).sum(axis=0)
 
@@ -70,13 +70,3 @@ def merge(
     grid = {"row": length * share, "batch": batch, "group": groups}
     scratch = [plgpu.SMEM((_WIDTH,), jnp.float32)]
     return launch(body, "attention_merge", grid, 1, out, scratch, interpret, approximate=False)(outs, lses)
-
-
-def _across(values):
-    """One value a part, for all columns."""
-    return plgpu.layout_cast(lax.broadcast_in_dim(values, (*values.shape, _WIDTH), [0]), _LAYOUT)
-
-
-def _down(values, parts):
-    """One value a column, for all parts."""
-    return plgpu.layout_cast(lax.broadcast_in_dim(values, (parts, *values.shape), [1]), _LAYOUT)

@@ -74,5 +74,5 @@ def mamba_step(
 
 def _best(*arguments):
     *arrays, dt_limit, rows = arguments
-    fast, plain = (lambda *a, run=run: run(*a[:-1], dt_limit, a[-1]) for run in (mosaic_gpu.mamba_step, xla.mamba_step))
-    return by_platform(fast, plain)(*arrays, rows)
+    limited = lambda run: lambda *a: run(*a[:-1], dt_limit, a[-1])
+    return by_platform(limited(mosaic_gpu.mamba_step), limited(xla.mamba_step))(*arrays, rows)

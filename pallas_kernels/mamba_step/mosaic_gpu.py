@@ -5,9 +5,9 @@
     S       = exp(-step exp(A_log)) S + step x B^T
     y       = (S C + D x) silu(z), and the sum of its squares
 
-A thread block has some rows of a head's state, up to 16 KB, all in registers, so that all of it is on its way at once;
+A thread block has some rows of a head's state. They are fetched by TMA while it convolves, and then held in registers:
 every 8 threads have a row, four neighbours of every 32 columns each. The state is overwritten where it lies. The
-convolution of B and C is computed by every block of the group, from inputs that are in L2.
+convolution of B and C is computed by every block of the group, from inputs in L2.
 
 **Roofline**, Nano, a batch of 16 rows (1,024 heads) on an H100: 33.5 MB of float32 state in and out again, 20 us; 10 us
 in 16 bits.
@@ -25,7 +25,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.choice import with_gradient_of
 from pallas_kernels.mamba_step import xla
-from pallas_kernels.mosaic import COLUMNS, EACH_COLUMN, down, in_place, read, softplus
+from pallas_kernels.mosaic import COLUMNS, EACH_COLUMN, across, down, in_place, read, softplus, too_old
 from pallas_kernels.rounding import neighbour
 
 _ROWS, _COLUMNS = 16, 32  # of a warpgroup: 8 threads a row, 4 neighbouring columns each
@@ -41,8 +41,9 @@ _CHANNELS = 128
 _EACH_CHANNEL = plgpu.Layout.TILED(
     fragmented_array.Tiling(((_CHANNELS,), (32,), (1,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1
 )
-# Bytes of state. In float32 four such thread blocks share a multiprocessor, in 16 bits two: enough on its way in each.
-_BLOCK = 2**14
+# Of a state, in a thread block: 32 a thread. Six such blocks share a multiprocessor in float32, four in float16.
+_VALUES = 2**12
+_MOST_COLUMNS = 256  # of one copy by TMA
 _COPIES = 8  # of the sum of squares: as a vector
 
 
@@ -53,60 +54,58 @@ def supports(projected: jax.Array, ssm_state: jax.Array) -> str | None:
         return (
             f"projected is {projected.dtype} and ssm_state {ssm_state.dtype}, not bfloat16 and a float of 32 or 16 bits"
         )
-    if width % _ROWS or 2 * size % _CHANNELS or size > 512:
-        return f"a head of {width} x {size} is no multiple of {_ROWS} x {_CHANNELS // 2}, or has over 512 columns"
-    if jax.__version_info__ < (0, 11):
-        return f"jax {jax.__version__} is older than 0.11"
-    return None
+    if width % _ROWS or 2 * size % _CHANNELS or size > _MOST_COLUMNS:
+        multiple, most = f"{_ROWS} x {_CHANNELS // 2}", _MOST_COLUMNS
+        return f"a head of {width} x {size} is no multiple of {multiple}, or has over {most} columns"
+    return too_old()
 
 
 def _step(projected, conv_state, ssm_state, conv_weight, conv_bias, A_log, D, dt_bias, dt_limit, rows):
     """See `api.mamba_step`; `rows` are documents, initial documents and places."""
     batch, groups, heads, width, size = ssm_state.shape
     inner, taps = heads * width, conv_weight.shape[2]
-    biases = [] if conv_bias is None else [conv_bias]
-    block = _rows(width, size * ssm_state.dtype.itemsize)
+    conv_biases = [] if conv_bias is None else [conv_bias]
+    block = _rows(width, size)
     grid = dict(batch=batch, group=groups, block=inner // block)
 
     def body(projected, conv_state, conv_weight, A_log, D, dt_bias, documents, initial, place, *refs):
-        *biases_in, state, gated, squares, keys, scratch = refs
+        *biases, state, gated, squares, old, keys, scratch, fetched = refs
         b, g, i = (lax.axis_index(name) for name in grid)
         h, own = lax.div(i * block, width), pl.ds(i * block, block)
         state = state.at[b, g, h, pl.ds(lax.rem(i * block, width), block)]
-        old = read(state, _LAYOUT).astype(jnp.float32)
-        document = documents[b]
-        is_real, continues = document > 0, document == initial[b]
+        plgpu.copy_gmem_to_smem(state, old, fetched)
+        z = read(projected.at[b, g, own], _EACH_ROW)
 
-        def convolved(channels, layout):
-            before = [read(conv_state.at[b, j, g, channels], layout) for j in range(taps - 1)]
-            before = [jnp.where(continues, a.astype(jnp.float32), 0.0) for a in before]
-            now = read(projected.at[b, g, pl.ds(inner + channels.start, channels.size)], layout).astype(jnp.float32)
-            y = sum(
-                a * read(conv_weight.at[g, channels, j], layout).astype(jnp.float32)
-                for j, a in enumerate([*before, now])
-            )
-            for bias in biases_in:
-                y += read(bias.at[g, channels], layout).astype(jnp.float32)
-            return _silu(y).astype(projected.dtype).astype(jnp.float32)
+        def operands(channels, layout):
+            now = projected.at[b, g, pl.ds(inner + channels.start, channels.size)]
+            inputs = [*(conv_state.at[b, j, g, channels] for j in range(taps - 1)), now]
+            weights, bias = [conv_weight.at[g, channels, j] for j in range(taps)], [a.at[g, channels] for a in biases]
+            return [[read(ref, layout) for ref in refs] for refs in (inputs, weights, bias)]
 
-        x = convolved(own, _EACH_ROW)
-        keys[...] = convolved(pl.ds(inner, 2 * size), _EACH_CHANNEL)
+        of_x, of_keys = operands(own, _EACH_ROW), operands(pl.ds(inner, 2 * size), _EACH_CHANNEL)
+        dt, bias, log, skip = projected[b, g, 2 * inner + 2 * size + h], *(a[g, h] for a in (dt_bias, A_log, D))
+        document, number = documents[b], place[b]
+        continues = document == initial[b]
+
+        x, keys[...] = (_convolved(*each, continues, projected.dtype) for each in (of_x, of_keys))
         plgpu.commit_smem()
-        B, C = (_down(read(keys.at[pl.ds(i * size, size)], _EACH_COLUMN), block) for i in range(2))
+        B, C = (down(read(keys.at[pl.ds(i * size, size)], _EACH_COLUMN), block, _LAYOUT) for i in range(2))
         each = lambda scalar: plgpu.layout_cast(jnp.full((block,), scalar.astype(jnp.float32)), _EACH_ROW)
-        dt = each(projected[b, g, 2 * inner + 2 * size + h]) + each(dt_bias[g, h])
-        step = jnp.clip(softplus(dt), *dt_limit)
-        decay = jnp.exp(-step * jnp.exp(each(A_log[g, h])))
+        step = jnp.clip(softplus(each(dt) + each(bias)), *dt_limit)
+        decay = jnp.exp(-step * jnp.exp(each(log)))
 
-        new = jnp.where(continues, old, 0.0) * _across(decay, size) + _across(step * x, size) * B
-        y = (new * C).sum(axis=1) + each(D[g, h]) * x
-        new = jnp.where(is_real, new, old)
-        if state.dtype != jnp.float32:
-            new = neighbour(new, place[b], state.dtype)
-        state[...] = new.astype(state.dtype)
+        plgpu.barrier_wait(fetched)
+        new = (
+            jnp.where(continues, read(old, _LAYOUT).astype(jnp.float32), 0.0) * across(decay, size, _LAYOUT)
+            + across(step * x, size, _LAYOUT) * B
+        )
+        y = (new * C).sum(axis=1) + each(skip) * x
 
-        z = read(projected.at[b, g, own], _EACH_ROW).astype(jnp.float32)
-        y = y.astype(projected.dtype).astype(jnp.float32) * _silu(z)
+        @pl.when(document > 0)
+        def _keep():
+            state[...] = new if state.dtype == jnp.float32 else neighbour(new, number, state.dtype)
+
+        y = y.astype(projected.dtype).astype(jnp.float32) * _silu(z.astype(jnp.float32))
         gated.at[b, g, own][...] = y
         squares.at[b, g, i][...] = _sum_of_squares(y, scratch)
 
@@ -114,28 +113,27 @@ def _step(projected, conv_state, ssm_state, conv_weight, conv_bias, A_log, D, dt
         jax.ShapeDtypeStruct((batch, groups, inner), jnp.float32),
         jax.ShapeDtypeStruct((batch, groups, inner // block, _COPIES), jnp.float32),
     )
-    scratch = [plgpu.SMEM((n,), jnp.float32) for n in (2 * size, COLUMNS)]
+    vectors = (plgpu.SMEM((n,), jnp.float32) for n in (2 * size, COLUMNS))
+    scratch = [plgpu.SMEM((block, size), ssm_state.dtype), *vectors, plgpu.Barrier()]
     run = in_place(body, "mamba_step", grid, 1, out_type, scratch)
     state = jax.new_ref(ssm_state)
-    gated, squares = run(projected, conv_state, conv_weight, A_log, D, dt_bias, *rows, *biases, state)
-    # Written out, the sum has no kernel of its own: it is computed where it is used.
+    gated, squares = run(projected, conv_state, conv_weight, A_log, D, dt_bias, *rows, *conv_biases, state)
+    # Written out, a sum of up to 32 is computed where it is used: in XLA it has no kernel of its own.
     return gated, sum(squares[:, :, i, 0] for i in range(inner // block)), state[...]
 
 
-def _rows(width, row_bytes):
-    """Rows of a thread block: as many as make up `_BLOCK` bytes, of those numbers that divide a head's."""
-    sizes = [n * _ROWS for n in (4, 2) if width % (n * _ROWS) == 0 and n * _ROWS * row_bytes <= _BLOCK]
-    return sizes[0] if sizes else _ROWS
+def _convolved(inputs, weights, bias, continues, dtype):
+    """silu(bias + sum_j tap[j] input[j]), rounded as plain JAX does; all but the last input are before this token."""
+    (*before, now), weights, bias = ([a.astype(jnp.float32) for a in arrays] for arrays in (inputs, weights, bias))
+    inputs = [*(jnp.where(continues, a, 0.0) for a in before), now]
+    y = sum([*(a * w for a, w in zip(inputs, weights, strict=True)), *bias])
+    return _silu(y).astype(dtype).astype(jnp.float32)
 
 
-def _across(vector, columns):
-    """One value a row, for all columns."""
-    return plgpu.layout_cast(lax.broadcast_in_dim(vector, (*vector.shape, columns), [0]), _LAYOUT)
-
-
-def _down(vector, rows):
-    """One value a column, for all rows."""
-    return plgpu.layout_cast(lax.broadcast_in_dim(vector, (rows, *vector.shape), [1]), _LAYOUT)
+def _rows(width, size):
+    """Rows of a thread block: 64 or 32 if they divide a head's and hold no more than `_VALUES`, else 16."""
+    fits = lambda rows: width % rows == 0 and rows * size <= _VALUES
+    return next((rows for rows in (4 * _ROWS, 2 * _ROWS) if fits(rows)), _ROWS)
 
 
 def _silu(a):

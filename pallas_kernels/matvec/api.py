@@ -16,8 +16,8 @@ FEW_ROWS = 8  # up to so many, the default on Hopper is its kernel; with more, m
 
 
 def _best(x, weights, dtype, norm):
-    fast, plain = (lambda x, w, norm, run=run: run(x, w, dtype, norm) for run in (mosaic_gpu.dot_rows, xla.dot_rows))
-    return by_platform(fast, plain)(x, weights, norm)
+    typed = lambda run: lambda x, weights, norm: run(x, weights, dtype, norm)
+    return by_platform(typed(mosaic_gpu.dot_rows), typed(xla.dot_rows))(x, weights, norm)
 
 
 def dot_rows(

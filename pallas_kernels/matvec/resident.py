@@ -26,14 +26,11 @@ _WIDEST = 256  # elements of a row that TMA copies at once
 _AT_ONCE = 8  # times 64 columns, to read before the first is used
 
 
-def supports(x: jax.Array, norm: Norm | None) -> str | None:
-    """Why rows cannot be held so, or None if they can."""
+def fits(x: jax.Array, norm: Norm | None) -> bool:
+    """Whether rows can be held so: 8 or fewer, groups of whole tiles, half of the shared memory left for weights."""
     groups = 1 if norm is None else norm.groups
-    if x.shape[0] > TILE_ROWS or x.shape[1] % (groups * DEPTH):
-        return f"rows {x.shape} in {groups} groups: at most {TILE_ROWS} rows, groups of a multiple of {DEPTH} columns"
-    if nbytes(x, norm) > SHARED_MEMORY // 2:
-        return f"rows {x.shape} take {nbytes(x, norm):,} bytes, which leaves too little shared memory for weights"
-    return None
+    whole_tiles = x.shape[0] <= TILE_ROWS and x.shape[1] % (groups * DEPTH) == 0
+    return whole_tiles and nbytes(x, norm) <= SHARED_MEMORY // 2
 
 
 def nbytes(x: jax.Array, norm: Norm | None) -> int:

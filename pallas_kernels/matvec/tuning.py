@@ -24,28 +24,17 @@ class Blocks(NamedTuple):
     Attributes:
       columns: of the result, in an item. depth: elements of the summed dimension in a stage. stages: in flight.
       parts: of the sum, each computed by itself.
+      cluster, consumers, in_flight: as `persistent.Blocks` has them. No two thread blocks read the same weights, and
+        memory is slower than one warpgroup that waits for each of its products.
     """
 
     columns: int
     depth: int
     stages: int
     parts: int = 1
-
-    @property
-    def cluster(self) -> int:
-        """Thread blocks that share what they read: no two read the same."""
-        return 1
-
-    # Memory is slower than one warpgroup that waits for each of its products.
-    @property
-    def consumers(self) -> int:
-        """Warpgroups that multiply."""
-        return 1
-
-    @property
-    def in_flight(self) -> int:
-        """Products that run while the next is waited for."""
-        return 0
+    cluster: int = 1
+    consumers: int = 1
+    in_flight: int = 0
 
 
 def by_rows(counts: Sequence[tuple[int, int]], length: int, resident: int | None = None) -> Blocks:
@@ -59,7 +48,7 @@ def by_rows(counts: Sequence[tuple[int, int]], length: int, resident: int | None
         return -(-items // persistent.SMS) * (columns + _OVERHEAD), -columns
 
     numbers = itertools.chain.from_iterable(counts)
-    (columns,) = tuned("matvec rows", *numbers) or [min(range(16, _WIDEST + 1, 8), key=cost)]
+    (columns,) = tuned("matvec rows", length, *numbers) or [min(range(16, _WIDEST + 1, 8), key=cost)]
     wanted = -(-_COPY // (2 * DEPTH * columns))
     depth = max(n for n in range(1, wanted + 1) if length // DEPTH % n == 0)
     return _with_stages(columns, DEPTH * depth, 1, resident)

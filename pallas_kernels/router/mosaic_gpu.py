@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.choice import with_gradient_of
-from pallas_kernels.mosaic import COLUMNS, EACH_COLUMN, EACH_ROW, ROW_LAYOUT, across, down, launch, read
+from pallas_kernels.mosaic import COLUMNS, EACH_COLUMN, EACH_ROW, ROW_LAYOUT, across, down, launch, read, too_old
 from pallas_kernels.router import xla
 from pallas_kernels.tiles import pad_to
 
@@ -31,9 +31,7 @@ def supports(logits: jax.Array) -> str | None:
         return f"logits are {logits.dtype}, but must be float32"
     if logits.shape[0] == 0 or logits.shape[1] > _MOST:
         return f"of {logits.shape[0]} rows and {logits.shape[1]} experts, there must be 1 or more, and {_MOST} at most"
-    if jax.__version_info__ < (0, 11):
-        return f"jax {jax.__version__} is older than 0.11"
-    return None
+    return too_old()
 
 
 def _choose(logits, bias, rule):

@@ -32,6 +32,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.mosaic import too_old
 from pallas_kernels.ssd import mosaic_gpu_backward, mosaic_steps, tuning
 from pallas_kernels.ssd import mosaic_parts as parts
 from pallas_kernels.ssd.mosaic_parts import PER_COLUMN, PER_ROW, WGMMA
@@ -41,15 +42,13 @@ from pallas_kernels.ssd.tuning import CHUNK, ROWS
 def supports(x: Any, B: Any, C: Any) -> str | None:
     """Why the kernels cannot take these inputs, or None if they can."""
     state = B.shape[-1]
-    if not hasattr(plgpu, "InterpretGPUParams"):
-        return "needs jax 0.11 or later"
     if any(a.dtype != jnp.bfloat16 for a in (x, B, C)):
         return f"x, B and C must be bfloat16, got {x.dtype}, {B.dtype} and {C.dtype}"
     if state % ROWS or state > 256:
         return f"the state size must be 64, 128, 192 or 256, got {state}"
     if x.shape[1] == 1:
         return "one token is one pass over the state in plain JAX too"
-    return None
+    return too_old()
 
 
 def ssd(
