@@ -223,7 +223,8 @@ def _dkv_kernel(q, k, v, d_out, lse, row_sum, view, blocks):
                 s.out[wg] = out
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(s.out.at[wg], ref.at[b, keys_of(wg), part])
-                plgpu.wait_smem_to_gmem(0)
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            plgpu.wait_smem_to_gmem(0)
 
         parts.roles(2, produce, consume)
 

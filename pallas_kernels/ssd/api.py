@@ -50,8 +50,8 @@ def ssd(
       initial_state: state before the first token, float32; default zero.
       documents: see `pallas_kernels.documents`.
       initial_document: document that `initial_state` belongs to; default 0 (none) with `documents`.
-      finite_pads: x, B and C hold neither inf nor NaN at pads, as `causal_conv1d` leaves them. Otherwise they may hold
-        anything there, which costs a pass over all three.
+      finite_pads: x, B and C hold neither inf nor NaN at pads, nor what becomes that in a product, as `causal_conv1d`
+        leaves them. Otherwise they may hold anything there, which costs a pass over all three.
       chunk_size: most tokens a chunk; changes the blocking, not the result.
       implementation: `"xla"`, `"mosaic_gpu"` (Hopper), `"reference"`, or None for the default
         (`pallas_kernels.choice`).

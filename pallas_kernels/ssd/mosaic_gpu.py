@@ -15,7 +15,7 @@ in chunks of 64 tokens, its state in registers.
 
 Roofline, Nano (64 heads x 64 in 8 groups, state 128), 8,192 tokens on an H100 (3.35 TB/s, 989 TFLOP/s): x, B, C in and
 y out are 20.5 KB a token, running sums and steps 0.8 KB, four pieces read x and B again for three quarters of the
-tokens, 8.3 KB: 242 MB, 72 us. Products: 3 MFLOP a token and 0.8 of the first pass: 32 GFLOP, 32 us.
+tokens, 8.3 KB: 242 MB, 72 us. Products: 3.7 MFLOP a token and 0.8 of the first pass: 37 GFLOP, 37 us.
 
 Gradient: `mosaic_gpu_backward.py`. Any width: `mosaic_parts.py`.
 """
@@ -83,7 +83,7 @@ def _ssd(dt_limit, interpret, x, dt, A, B, C, D, dt_bias, initial_state, *docume
 
 def backward(dt_limit, interpret, inputs, cotangents):
     """Gradients of all `inputs` but documents and initial document, from the cotangents of y and state."""
-    # Without the barrier XLA computes the forward pass of every layer again before it needs the first.
+    # Without the barrier XLA computes the forward passes of all layers again at once, and keeps what they leave.
     inputs, cotangents = lax.optimization_barrier((inputs, cotangents))
     return mosaic_gpu_backward.gradients(dt_limit, interpret, inputs, cotangents)
 

@@ -48,11 +48,12 @@ class Inputs(NamedTuple):
 
 
 class Steps(NamedTuple):
-    """Steps and decays of all chunks of 64 tokens; more than K heads and T tokens do nothing.
+    """Steps and decays of all chunks of 64 tokens.
 
     Attributes:
-      vectors: running sums of the log decays (base 2), coarse and fine, and steps, [B, K, 3, T] float32.
-      ends: log decay over each chunk, [B, c, K].
+      vectors: running sums of the log decays (base 2), coarse and fine, and steps, [B, K, 3, T] float32, K rounded up
+        to 64 and T to whole chunks; what is more does nothing.
+      ends: log decay over each chunk, [B, c, K], K as above.
     """
 
     vectors: Any
@@ -172,9 +173,9 @@ def down(vector, rows=CHUNK):
 
 
 def product(shape, *operands, initial=None, spare=None):
-    """The sum of `a @ b` over the pairs, float32, and of `initial`, which needs every `a` in registers.
+    """The sum of `a @ b` over the pairs, float32, and of `initial`.
 
-    spare: see `multiply`. The interpreter's accumulators begin with zero.
+    spare: see `multiply`. The interpreter's accumulators begin with zero, so with `initial` every `a` is in registers.
     """
 
     def accumulate(acc):
@@ -244,7 +245,7 @@ def to_end(vectors, coarse, fine):
 
 
 def _walk_weights(vectors, reverse, later=None):
-    """The weight of each token in the state after its chunk, in the order of the walk, or a log decay `later`."""
+    """The weight of each token in the state behind its chunk, or a log decay of `later` behind that."""
     coarse, fine, step = load_vectors(vectors, PER_COLUMN)
     log_decay = coarse + fine if reverse else _log_to_end(vectors, coarse, fine)
     decay = jnp.exp2(log_decay if later is None else log_decay + later)
@@ -355,8 +356,8 @@ def _accumulate(plan, place, lane, later, sums, slabs, reverse, s):
         x = weighted(load_transposed(s.x.at[slot, lane]), _walk_weights(vectors, reverse, rest))
         for acc, slab in zip(sums, slabs, strict=True):
             multiply(acc, x, s.B.at[slot, :, slab], spare_of(lane, s))
-            # The registers of the operand are free only now: the next chunk must not be prepared before.
-            plgpu.wgmma_wait(0)
+        # The registers of the operand are free only now: the next chunk must not be prepared before.
+        plgpu.wgmma_wait(0)
         plgpu.barrier_arrive(s.consumed.at[slot])
         return following
 

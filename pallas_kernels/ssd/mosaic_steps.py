@@ -1,7 +1,7 @@
 """What the Hopper scan needs to know of its steps, by one kernel from dt as it comes (Pallas, Mosaic GPU).
 
     step      = clip(softplus(dt + dt_bias), *dt_limit), zero where there is no token
-    log decay = step A log2(e); RESET at the first token of a document
+    log decay = max(step A, -88) log2(e); RESET at the first token of a document
     sums      = the running sum of the log decays inside each chunk, in two parts as in `xla.py`
 
 A thread block has one chunk of 64 heads. A running sum over 64 tokens is six doubling steps: each adds the sums of the
