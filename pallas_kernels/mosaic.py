@@ -60,7 +60,7 @@ def launch(
     threads: int,
     out_type: Any,
     scratch: Sequence[Any],
-    interpret: bool,
+    interpret: bool = False,
     *,
     approximate: bool = True,
 ) -> Callable:
@@ -70,7 +70,7 @@ def launch(
       body: takes references to inputs, outputs and scratch. name: in reports and profiles.
       grid: thread blocks along each axis, by its name. threads: warpgroups, along the axis `thread`.
       interpret: on the CPU, with race detection.
-      approximate: exponentials and roots by the special function unit, to 2^-22 or so.
+      approximate: exponentials and roots by the special function unit, to 2^-22 or so. (Division always is.)
     """
     body.__name__ = name
     return plgpu.kernel(

@@ -117,6 +117,7 @@ def _produce(ring, mine, item_at, load, stages):
 
     steps = lax.fori_loop(0, mine, item_loads, 0)
 
+    # A block of a cluster must not end while another may still release a slot to it.
     @pl.loop(jnp.maximum(steps - stages, 0), steps)
     def _(step):
         plgpu.barrier_wait(ring.empty.at[lax.rem(step, stages)])
@@ -134,7 +135,8 @@ def _consume(ring, mine, item_at, product, finish, thread, blocks):
             def _(k):
                 plgpu.barrier_wait(ring.full.at[slot_of(k)])
                 if blocks.cluster > 1:
-                    # One warp releases a slot to all blocks: it must not run a whole round ahead of those that wait.
+                    # One warp releases a slot to all blocks, and must not run a whole round ahead of those that wait:
+                    # this is a barrier of the warpgroup. (Where it multiplies, wgmma keeps its warps together.)
                     plgpu.commit_smem()
                 release(k)
 

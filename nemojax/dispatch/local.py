@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,11 +36,9 @@ def dispatch(
     with jax.named_scope("sort"):
         order = jnp.argsort(ids.reshape(-1), stable=True)
         sizes = jnp.bincount(ids.reshape(-1), length=up.shape[0])
-    y = _of_pairs(x, weights, order, up, down, sizes, implementation)
-    with jax.named_scope("unsort"):
-        place = _inverse(order).reshape(rows, chosen)
-        # One gather a choice, which fuse into one pass; a gather of all and a sum would be three.
-        return sum(_take(y, place[:, k]).astype(jnp.float32) for k in range(chosen))
+        pairs = _Pairs(order // chosen, None, _inverse(order).reshape(rows, chosen), None)
+    sorted_weights = _take(weights.reshape(-1), order)
+    return _computed(x, sorted_weights, pairs, up, down, sizes, implementation)
 
 
 def contribution(
@@ -72,13 +71,13 @@ def contribution(
         order = jnp.pad(order, (0, max(0, most_rounds * buffer - order.size)))
 
     def compute(start):
-        pairs = jax.lax.dynamic_slice_in_dim(order, start, buffer)
+        held = jax.lax.dynamic_slice_in_dim(order, start, buffer)
         sizes = jnp.diff(jnp.clip(ends - start, 0, buffer), prepend=0)
-        y = _of_pairs(x, weights, pairs, up, down, sizes, implementation)
         at = place - start
         here = (place >= 0) & (at >= 0) & (at < buffer)
-        at = jnp.where(here, at, 0)
-        return sum(jnp.where(here[:, k, None], _take(y, at[:, k]), 0).astype(jnp.float32) for k in range(chosen))
+        pairs = _Pairs(held // chosen, jnp.arange(buffer) < sizes.sum(), jnp.where(here, at, 0), here)
+        held_weights = _take(weights.reshape(-1), held)
+        return _computed(x, held_weights, pairs, up, down, sizes, implementation)
 
     return sum_of_rounds(compute, ends[-1], buffer, most_rounds, x.shape)
 
@@ -97,10 +96,64 @@ def sum_of_rounds(compute: Callable, count: Array, buffer: int, rounds: int, sha
     return jax.lax.scan(jax.checkpoint(one), jnp.zeros(shape), jnp.arange(rounds) * buffer)[0]
 
 
-def _of_pairs(x, weights, pairs, up, down, sizes, implementation):
-    """`expert_mlp` of (row, expert) pairs by number."""
-    rows = gather_rows(x, pairs // weights.shape[1], implementation=implementation)
-    return expert_mlp(rows, up, down, _take(weights.reshape(-1), pairs), sizes, implementation=implementation)
+class _Pairs(NamedTuple):
+    """The (row, expert) pairs that a buffer of S places holds.
+
+    Attributes:
+      row: int32 [S], the row of each place. own: bool [S], whether a pair lies there; None if at every one.
+      place: int32 [R, K], where the pairs of a row lie. here: bool [R, K], which of them do; None if all.
+    """
+
+    row: jax.Array
+    own: jax.Array | None
+    place: jax.Array
+    here: jax.Array | None
+
+
+def _computed(x, weights, pairs, up, down, sizes, implementation):
+    """What the experts of `pairs` add to each row [R, L], float32; weights [S]."""
+    with jax.named_scope("gather"):
+        rows = _spread(implementation, x, pairs)
+    y = expert_mlp(rows, up, down, weights, sizes, implementation=implementation)
+    with jax.named_scope("unsort"):
+        return _collect(implementation, y, pairs)
+
+
+# Each is the transpose of the other: so the gradients are gathers too, and sums over a row's pairs are in float32.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _spread(implementation, x, pairs):
+    """The row of each place, [R, L] -> [S, L]."""
+    return gather_rows(x, pairs.row, implementation=implementation)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _collect(implementation, y, pairs):
+    """The sum over the places of each row, [S, L] -> [R, L] float32."""
+    del implementation
+    # One gather a choice, which fuse into one pass; a gather of all and a sum would be three.
+    parts = (_take(y, pairs.place[:, k]).astype(jnp.float32) for k in range(pairs.place.shape[1]))
+    if pairs.here is not None:
+        parts = (jnp.where(pairs.here[:, k, None], part, 0) for k, part in enumerate(parts))
+    return sum(parts)
+
+
+def _spread_back(implementation, pairs, dy):
+    return _collect(implementation, dy, pairs).astype(dy.dtype), None
+
+
+def _collect_back(implementation, saved, dy):
+    pairs, like = saved
+    spread = _spread(implementation, dy.astype(like.dtype), pairs)
+    return spread if pairs.own is None else jnp.where(pairs.own[:, None], spread, 0), None
+
+
+_spread.defvjp(lambda implementation, x, pairs: (_spread(implementation, x, pairs), pairs), _spread_back)
+_collect.defvjp(
+    lambda implementation, y, pairs: (_collect(implementation, y, pairs), (pairs, jnp.zeros((), y.dtype))),
+    _collect_back,
+)
 
 
 def _take(array, at):

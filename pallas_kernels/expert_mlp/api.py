@@ -44,7 +44,12 @@ def gather_rows(
 
     Args:
       implementation: of `expert_mlp`. Its Hopper kernels have one for this too, for sizes that suit it.
+
+    Raises:
+      ValueError: no implementation has that name.
     """
+    if implementation is not None:
+        choose("gather_rows", IMPLEMENTATIONS, implementation)
     reason = mosaic_gather.supports(x, index)
     if implementation == "mosaic_gpu" and reason is None:
         return mosaic_gather.gather(x, index)

@@ -35,15 +35,14 @@ def supports(x: jax.Array, index: jax.Array) -> str | None:
         return f"{index.shape[0]} rows are asked for, which is not a positive multiple of {_TOGETHER}"
     if x.shape[1] % DEPTH:
         return f"rows of {x.shape[1]} are no multiple of {DEPTH}"
-    if _fold(x.shape[1]) is None or _SLOTS * _TOGETHER * 2 * x.shape[1] > SHARED_MEMORY - 2048:
-        return f"rows of {x.shape[1]} are no {_WIDEST} x {_WIDEST} at most, or too long for shared memory"
+    if _SLOTS * _TOGETHER * 2 * x.shape[1] > SHARED_MEMORY - 2048:
+        return f"{_SLOTS * _TOGETHER} rows of {x.shape[1]} are too long for shared memory"
     return too_old()
 
 
 def _fold(width):
-    """Columns of a row that is written as a matrix, for TMA."""
-    sizes = (n for n in range(_WIDEST, 0, -_ALIGN) if width % n == 0)
-    return next((n for n in sizes if width // n <= _WIDEST), None)
+    """Columns of a row that is written as a matrix, for TMA: there are such for every width that fits."""
+    return next(n for n in range(_WIDEST, 0, -_ALIGN) if width % n == 0 and width // n <= _WIDEST)
 
 
 def _gather(x, index):
@@ -81,7 +80,7 @@ def _gather(x, index):
         plgpu.Barrier(num_arrivals=_TOGETHER, num_barriers=_SLOTS),
     ]
     out = jax.ShapeDtypeStruct((rows, *folded), x.dtype)
-    run = launch(gather_rows, "gather_rows", {"block": SMS}, 1, out, scratch, False)
+    run = launch(gather_rows, "gather_rows", {"block": SMS}, 1, out, scratch)
     return run(x.reshape(-1, *folded), index).reshape(rows, width)
 
 

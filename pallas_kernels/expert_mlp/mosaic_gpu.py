@@ -45,8 +45,9 @@ from pallas_kernels import persistent
 from pallas_kernels.expert_mlp import tuning
 from pallas_kernels.mosaic import too_old
 from pallas_kernels.persistent import DEPTH, MATRIX_ROWS, PEER, cut, swizzled
+from pallas_kernels.tiles import TILE_ROWS, pad_to
 
-_ALIGN = 8  # TMA of a swizzled tile starts at a multiple of this many rows
+_ALIGN = TILE_ROWS  # TMA of a swizzled tile starts at a multiple of this many rows
 _SLOTS = 2  # results on their way out
 
 
@@ -66,13 +67,13 @@ class Plan(NamedTuple):
 
     tiles: int32 [tiles, 4]: expert, its first tile, its first row, its end; for rows beyond the last group the expert
       is the number of experts.
-    groups: int32 [E, 3]: the last three by expert; None where only `to_tiles` and `to_rows` follow.
+    groups: int32 [E, 3]: the last three by expert.
     count: int32 [2]: tiles of experts, tiles in all.
     rows: rows of a tile.
     """
 
     tiles: jax.Array
-    groups: jax.Array | None
+    groups: jax.Array
     count: jax.Array
     rows: int
 
@@ -155,9 +156,9 @@ def _send(acc, slots, target):
 def _send_rows(acc, factors, slots, buffer, target, first, count):
     """Stores `count` rows from `first` on, each times its factor: `_send` for part of 64 rows.
 
-    All 64 at once, or one copy for every power of two in `count`, from a buffer that is not swizzled, because a
-    swizzled one can only be cut at multiples of 8 rows. `target(slab, lanes, row, size)` is the memory of `size` rows
-    from `row` on.
+    All 64 at once, or one copy for every power of two in `count`, from a buffer that the compiler lays out in tiles of
+    one row, so that it can be cut at any; `slots` can be cut at multiples of 8. `target(slab, lanes, row, size)` is the
+    memory of `size` rows from `row` on.
     """
     lanes = buffer.shape[-1]
     for slab in range(acc.shape[1] // lanes):
@@ -272,7 +273,8 @@ def to_rows(tiles, weights, plan: Plan, scale, dtype) -> jax.Array:
 def per_expert(tiles, rows, plan: Plan, experts: int) -> jax.Array:
     """`out[e] = (tiles of e)^T @ (rows of e)`: tiles [tiles * tile rows, M], rows [R, N] -> [E, M, N].
 
-    Rows of a tile that are not the expert's must be zero. Zero for experts without rows.
+    Places of a tile that are not the expert's must be zero, and all rows finite: up to 63 of a neighbour's are
+    multiplied by such zeros. Zero for experts without rows.
     """
     (_, height), (_, width) = tiles.shape, rows.shape
     blocks = tuning.blocks(2 * MATRIX_ROWS, width, _SLOTS)
@@ -286,8 +288,9 @@ def per_expert(tiles, rows, plan: Plan, experts: int) -> jax.Array:
             row = pl.multiple_of(lax.div(start, _ALIGN) * _ALIGN, _ALIGN)
             steps = jnp.where(end > start, lax.div(end - row + DEPTH - 1, DEPTH), 0)
             place = pl.multiple_of(first * plan.rows, _ALIGN)
-            item = _Item(expert, lax.rem(local, columns), row, place, lax.div(local, columns), blocks.rows, steps)
-            return _own(item, blocks)
+            # The tile is a band of the result here: `begin` says which.
+            band, column = lax.div(local, columns), lax.rem(local, columns)
+            return _own(_Item(expert, column, row, place, begin=band, end=blocks.rows, steps=steps), blocks)
 
         def load(item, k, slot, full):
             part = lambda start: pl.ds(pl.multiple_of(start + k * DEPTH, _ALIGN), DEPTH)
@@ -317,16 +320,12 @@ def _relu_squared(x):
     return jnp.square(jnp.maximum(x, 0))
 
 
-def _whole_eights(*arrays):
-    """Zero rows added up to a multiple of 8, as TMA needs."""
-    missing = -arrays[0].shape[0] % _ALIGN
-    return [jnp.pad(a, [(0, missing)] + [(0, 0)] * (a.ndim - 1)) if missing else a for a in arrays]
-
-
 def _forward(x, up, down, weights, group_sizes):
     """See `api.expert_mlp`."""
     count, experts = x.shape[0], up.shape[0]
-    x, weights = _whole_eights(x, weights)
+    # Rows beyond the last group are stored as zeros times their weight.
+    weights = jnp.where(jnp.arange(count) < group_sizes.sum(), weights, 0)
+    x, weights = pad_to(x, 0), pad_to(weights, 0)
     work = plan(group_sizes, x.shape[0], tuning.tile_rows(count, experts))
     hidden = to_tiles(x, up, work, _relu_squared)
     return to_rows(hidden, down, work, weights, x.dtype)[:count]
@@ -336,7 +335,7 @@ def backward(saved, dy):
     """Gradients of `expert_mlp`; `saved` are its arguments."""
     x, up, down, weights, group_sizes = saved
     count, experts = x.shape[0], up.shape[0]
-    x, dy, weights = _whole_eights(x, dy.astype(x.dtype), weights)
+    x, dy, weights = (pad_to(a, 0) for a in (x, dy.astype(x.dtype), weights))
     work = plan(group_sizes, x.shape[0], max(MATRIX_ROWS, tuning.tile_rows(count, experts)))
     row, own = _rows_of_tiles(work)
     row_weight = jnp.where(own, weights.at[row].get(mode="clip"), 0)[:, None]

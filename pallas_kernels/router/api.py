@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
+import jax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.choice import by_platform, choose
+from pallas_kernels.choice import choose
 from pallas_kernels.router import mosaic_gpu, reference, xla
 
 IMPLEMENTATIONS = {
@@ -15,6 +16,12 @@ IMPLEMENTATIONS = {
     "mosaic_gpu": mosaic_gpu.choose_experts,
     "reference": reference.choose_experts,
 }
+
+
+@xla.with_gradient
+def _best(logits, bias, rule):
+    fast, plain = (functools.partial(run.choose_experts, rule=rule) for run in (mosaic_gpu, xla))
+    return jax.lax.platform_dependent(logits, bias, cuda=fast, default=plain)
 
 
 class Rule(NamedTuple):
@@ -57,6 +64,5 @@ def choose_experts(
     if not 0 < rule.chosen <= experts or experts % rule.groups or not 0 < rule.kept <= rule.groups:
         raise ValueError(f"choose_experts: {experts} experts do not fit {rule}")
     refusals = {"mosaic_gpu": mosaic_gpu.supports(logits)}
-    best = by_platform(*(functools.partial(run.choose_experts, rule=rule) for run in (mosaic_gpu, xla)))
-    run = choose("choose_experts", IMPLEMENTATIONS, implementation, refusals, lambda *a: best(*a[:2]))
+    run = choose("choose_experts", IMPLEMENTATIONS, implementation, refusals, _best)
     return run(logits, bias, rule)

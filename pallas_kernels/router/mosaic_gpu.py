@@ -15,7 +15,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.choice import with_gradient_of
 from pallas_kernels.mosaic import COLUMNS, EACH_COLUMN, EACH_ROW, ROW_LAYOUT, across, down, launch, read, too_old
 from pallas_kernels.router import xla
 from pallas_kernels.tiles import pad_to
@@ -78,12 +77,11 @@ def _choose(logits, bias, rule):
                 weights[row + r, k] = scores[k, r] * scores[rule.chosen, r]
 
     out = tuple(jax.ShapeDtypeStruct((rows, rule.chosen), dtype) for dtype in (jnp.int32, jnp.float32))
-    kept = [plgpu.SMEM((rule.chosen + 1, _ROWS), dtype) for dtype in (jnp.int32, jnp.float32)]
-    run = launch(body, "choose_experts", {"block": rows // each}, 1, out, kept, False, approximate=False)
+    kept = [plgpu.SMEM((rule.chosen + n, _ROWS), dtype) for n, dtype in enumerate((jnp.int32, jnp.float32))]
+    run = launch(body, "choose_experts", {"block": rows // each}, 1, out, kept, approximate=False)
     return run(logits, bias)
 
 
 def choose_experts(logits, bias, rule):
     """See `api.choose_experts`."""
-    plain, fast = (lambda *a, run=run: run(*a, rule) for run in (xla.choose_experts, _choose))
-    return with_gradient_of(plain, fast)(logits, bias)
+    return xla.with_gradient(_choose)(logits, bias, rule)

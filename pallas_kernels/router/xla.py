@@ -14,10 +14,31 @@ def choose_experts(logits, bias, rule):
     if rule.groups > 1:
         choice = jnp.where(eligible(choice, rule), choice, -jnp.inf)
     _, ids = jax.lax.top_k(choice, rule.chosen)
+    return ids, _weights(scores, ids, rule)
+
+
+def _weights(scores, ids, rule):
     weights = jnp.take_along_axis(scores, ids, axis=-1)
     if rule.normalise:
         weights = weights / (weights.sum(axis=-1, keepdims=True) + 1e-20)
-    return ids, weights * rule.scale
+    return weights * rule.scale
+
+
+def with_gradient(choose):
+    """`choose(logits, bias, rule)` with the gradient of the weights of what it chose: it does not choose again."""
+
+    def forward(logits, bias, rule):
+        ids, weights = choose(logits, bias, rule)
+        return (ids, weights), (logits, ids)
+
+    def backward(rule, saved, cotangents):
+        logits, ids = saved
+        _, pull = jax.vjp(lambda logits: _weights(jax.nn.sigmoid(logits), ids, rule), logits)
+        return pull(cotangents[1])[0], jnp.zeros(logits.shape[1:], logits.dtype)
+
+    call = jax.custom_vjp(choose, nondiff_argnums=(2,))
+    call.defvjp(forward, backward)
+    return call
 
 
 def eligible(choice, rule):

@@ -94,9 +94,10 @@ def test_widths_that_no_block_divides(races_found):
 
 
 def test_rows_beyond_the_last_group_may_hold_anything(races_found):
-    x, *others = arguments(SMALL, 5)
+    x, up, down, weights = arguments(SMALL, 5)
     sizes = jnp.array([4, 0, 7, 0, 0], jnp.int32)
-    clean, dirty = (run(x.at[11:].set(value), *others, sizes) for value in (0, jnp.nan))
+    fill = lambda value: (x.at[11:].set(value), up, down, weights.at[11:].set(value), sizes)
+    clean, dirty = (run(*fill(value)) for value in (0, jnp.nan))
     np.testing.assert_array_equal(clean, dirty)
     assert not races_found()
 

@@ -129,6 +129,22 @@ def test_ties_go_the_same_way_everywhere():
         np.testing.assert_array_equal(y, np.broadcast_to(y[:1], y.shape))
 
 
+def test_the_gradient_of_a_row_is_summed_in_float32():
+    """Of bfloat16 rows that many experts take: rounded once, not at every expert's turn."""
+    rows, chosen, features, width, experts = 16, 8, 8, 4, 8
+    x, up, down = (
+        jnp.asarray(np.random.default_rng(i).standard_normal(shape), jnp.bfloat16)
+        for i, shape in enumerate([(rows, features), (experts, width, features), (experts, width, features)])
+    )
+    ids = jnp.broadcast_to(jnp.arange(experts), (rows, chosen))
+    weights = jnp.ones((rows, chosen))
+    assert ids.size > local.FEW_PAIRS
+    run = lambda x, ids, weights: local.dispatch(x, ids, weights, up, down)
+    pull = lambda *arguments: jax.grad(lambda x: run(x, *arguments).sum())(x).astype(jnp.float32)
+    each = sum(pull(ids[:, k : k + 1].repeat(chosen, 1), weights.at[:, 1:].set(0)) for k in range(chosen))
+    np.testing.assert_array_equal(pull(ids, weights), each.astype(jnp.bfloat16).astype(jnp.float32))
+
+
 def test_the_buffer_of_a_strategy_is_bounded_and_takes_more_rounds():
     """With everything on one shard there are more rounds; the program's buffers are those of even routing."""
     given = arguments(*CASES["all-to-the-last-shard"])
