@@ -17,7 +17,7 @@ class Forward:
     """How the forward kernel cuts its work.
 
     Attributes:
-      keys: keys in a block. stages: key blocks in flight, 2 or more. warpgroups: of 64 query rows each, in a tile.
+      keys: keys in a block. stages: key blocks in flight, 2 or more. warpgroups: 1 or 2 in a tile, of 64 rows each.
       pack: whether the query heads of a key/value head are rows of one tile. splits: parts of the key sequence.
     """
 
