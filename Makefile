@@ -1,6 +1,6 @@
 # make demo    the main job on a small checkpoint: inspect, convert, load, run, compare, export
 # make test    lint and the test suite (no torch needed)
-# make kernels the Hopper kernels without a GPU: run by the interpreter, compiled for an abstract H100
+# make kernels the Hopper kernels without a GPU: interpreted, compiled for an abstract H100, their PTX run
 # make parity  live comparison with transformers (Python 3.11, torch on the CPU)
 # make extended  further cases of what these prove: hours
 # make bench   CPU speed beside transformers
@@ -47,11 +47,11 @@ lint: .venv/ready
 
 test: lint
 	.venv/bin/python -m pytest -m "not extended" --ignore tests/parity --ignore tests/kernels_h100 \
-		--ignore-glob '*_mosaic.py' --numprocesses 2 --dist loadfile
+		--ignore tests/kernels_ptx --ignore-glob '*_mosaic.py' --numprocesses 2 --dist loadfile
 
 kernels: .venv/ready
-	.venv/bin/python -m pytest -m "not extended" tests/kernels_h100 tests/pallas_kernels/test_*_mosaic.py \
-		--numprocesses 2 --dist loadfile
+	.venv/bin/python -m pytest -m "not extended" tests/kernels_h100 tests/kernels_ptx \
+		tests/pallas_kernels/test_*_mosaic.py --numprocesses 2 --dist loadfile
 
 parity: .venv-parity/ready
 	.venv-parity/bin/python -m pytest -m "not extended" tests/parity --numprocesses 2 --dist loadfile

@@ -5,13 +5,14 @@ XLA's whole GPU compiler and ptxas run; only the device is a description. Nothin
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -76,22 +77,29 @@ def compile_for_h100(function: Callable, *arguments: Any, donate: Sequence[int] 
     arguments = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), arguments)
     step = jax.jit(lambda *a: function(*a), donate_argnums=donate)
     began = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, _dump_to(folder)), jax.set_mesh(mesh):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of the compiler's own Python
+    with kernels_dumped() as folder:
+        with jax.set_mesh(mesh):
             compiled = step.trace(*arguments).lower(lowering_platforms=("cuda",)).compile()
         seconds = time.perf_counter() - began
-        kernels = tuple(_kernel(path) for path in sorted(Path(folder).glob("*.ptx")))
+        kernels = tuple(_kernel(path) for path in sorted(folder.glob("*.ptx")))
     hlo = text_without_code(compiled)
     return Report(kernels, kernel_calls(hlo), compiled.memory_analysis().temp_size_in_bytes, seconds, hlo)
 
 
-def _dump_to(folder):
-    return {"MOSAIC_GPU_DUMP_TO": folder, "MOSAIC_GPU_DUMP_PTX": "1"}
+@contextlib.contextmanager
+def kernels_dumped() -> Iterator[Path]:
+    """A folder, into which Mosaic GPU writes what it makes of every kernel that is compiled meanwhile.
+
+    NAME_NUMBER.ptx is the kernel's PTX, .ptxas the log of ptxas, .mlir-passes.log the module after each pass.
+    """
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of the compiler's own Python
+        with mock.patch.dict(os.environ, {"MOSAIC_GPU_DUMP_TO": folder, "MOSAIC_GPU_DUMP_PTX": "1"}):
+            yield Path(folder)
 
 
 def _kernel(path):
-    """What Mosaic's dump says: NAME_NUMBER.ptx, and beside it ptxas' log and the kernel after each pass."""
+    """What Mosaic's dump says of the kernel whose PTX this is."""
     source, log = path.read_text(), path.with_suffix(".ptxas").read_text()
     assert "serialized" not in log, f"{path.stem}: ptxas serialises wgmma: {log}"
     assert not (wrong := overwritten_operands(source)), f"{path.stem}: written while wgmma reads it: {wrong}"

@@ -1,0 +1,42 @@
+"""A Pallas kernel's PTX and launch, from compiling it by itself for an abstract H100."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import SingleDeviceSharding
+
+from experiments.h100_compiler import kernels_dumped
+from experiments.ptx_machine.launch import Launch, read_launch
+from nemojax.gpu_targets import abstract_devices, gpu
+
+
+class Compiled(NamedTuple):
+    """A kernel: PTX, launch and name."""
+
+    text: str
+    launch: Launch
+    name: str
+
+
+def compile_kernel(call: Callable, arguments: Sequence[Any]) -> Compiled:
+    """Compiles `call`, which is one kernel and nothing else.
+
+    Args:
+      arguments: with shape and dtype.
+
+    Raises:
+      CompilerMissing: the CUDA compiler is not installed. ValueError: `call` has more kernels than one, or none.
+    """
+    place = SingleDeviceSharding(abstract_devices(gpu("h100"), 1)[0])
+    structs = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place) for a in arguments]
+    with kernels_dumped() as folder:
+        jax.jit(call).trace(*structs).lower(lowering_platforms=("cuda",)).compile()
+        found = sorted(folder.glob("*.ptx"))
+        if len(found) != 1:
+            raise ValueError(f"compile_kernel: {len(found)} kernels, not one: {[path.stem for path in found]}")
+        (path,) = found
+        name = path.stem.rpartition("_")[0]
+        return Compiled(path.read_text(), read_launch(path.with_suffix(".mlir-passes.log")), name)

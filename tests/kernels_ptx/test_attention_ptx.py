@@ -1,0 +1,53 @@
+"""Attention on the PTX machine, forward and back, and over a cache."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from kernel_cases import as_bfloat16, random
+from ptx_cases import SCHEDULES, agree, exact, on_the_machine
+
+from pallas_kernels.flash_attention import flash_attention
+
+FORWARD, GRADIENTS = "attention_forward", ["attention_dq", "attention_dkv"]
+
+
+def arguments(batch, queries, keys, heads, groups):
+    shapes = [(batch, queries, heads, 128), (batch, keys, groups, 128), (batch, keys, groups, 128)]
+    return tuple(as_bfloat16(random(i, *shape)) for i, shape in enumerate(shapes))
+
+
+def pull(name, inputs, start, docs=None, key_docs=None):
+    """Results and gradients, for random cotangents of both results where they are finite."""
+    run = lambda *a: flash_attention(*a, start=start, documents=docs, key_documents=key_docs, implementation=name)
+    (out, lse), back = jax.vjp(run, *inputs)
+    d_out, d_lse = as_bfloat16(random(8, *out.shape)).astype(out.dtype), jnp.asarray(random(9, *lse.shape))
+    return out, lse, back((d_out, jnp.where(jnp.isfinite(lse), d_lse, 0)))
+
+
+def test_gradients_across_tiles():
+    inputs, start = arguments(1, 130, 200, 2, 1), jnp.array([66], jnp.int32)
+    found = on_the_machine(functools.partial(pull, "mosaic_gpu"), inputs, start, kernels=[FORWARD, *GRADIENTS])
+    agree(found, pull("reference", exact(inputs), start), [1e-2, 1e-5, 1e-2, 1e-2, 1e-2])
+
+
+def test_gradients_of_documents():
+    """Resets in mid-tile and pads; a row of nothing but pads."""
+    runs = [[(1, 50), (0, 3), (2, 60), (0, 1), (3, 22)], [(0, 136)]]
+    docs = np.stack([np.concatenate([np.full(count, value, np.int32) for value, count in row]) for row in runs])
+    inputs, more = arguments(2, 136, 136, 1, 1), (jnp.zeros(2, jnp.int32), jnp.asarray(docs), jnp.asarray(docs))
+    run = functools.partial(pull, "mosaic_gpu")
+    found = on_the_machine(
+        run, inputs, *more, kernels=[FORWARD, "attention_merge", *GRADIENTS], schedules=SCHEDULES[:1]
+    )
+    agree(found, pull("reference", exact(inputs), *more), [1e-2, 1e-5, 1e-2, 1e-2, 1e-2])
+
+
+def test_a_token_and_its_cache():
+    """Parts of the cache on several multiprocessors, then their merge."""
+    inputs, start = arguments(2, 1, 300, 4, 2), jnp.array([250, 299], jnp.int32)
+    run = lambda name, inputs: flash_attention(*inputs, start=start, implementation=name)
+    kernels = [FORWARD, "attention_merge"]
+    found = on_the_machine(functools.partial(run, "mosaic_gpu"), inputs, kernels=kernels)
+    agree(found, run("reference", exact(inputs)), [1e-2, 1e-5])
