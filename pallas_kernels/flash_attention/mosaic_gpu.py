@@ -191,13 +191,9 @@ def _softmax_loop(wg, low, high, is_whole, s, blocks, scale):
             plgpu.barrier_arrive(s.k_free.at[slot])
         return m_new, l, p, shrink
 
-    def await_turn():
-        if blocks.warpgroups > 1:
-            plgpu.barrier_wait(s.turn.at[wg])
-
-    def pass_turn():
-        if blocks.warpgroups > 1:
-            plgpu.barrier_arrive(s.turn.at[1 - wg])
+    alone = blocks.warpgroups == 1
+    await_turn = lambda: None if alone else plgpu.barrier_wait(s.turn.at[wg])
+    pass_turn = lambda: None if alone else plgpu.barrier_arrive(s.turn.at[1 - wg])
 
     def step(j, state):
         m, l, o, p = state

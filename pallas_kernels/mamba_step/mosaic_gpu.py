@@ -95,10 +95,8 @@ def _step(projected, conv_state, ssm_state, conv_weight, conv_bias, A_log, D, dt
         decay = jnp.exp(-step * jnp.exp(each(log)))
 
         plgpu.barrier_wait(fetched)
-        new = (
-            jnp.where(continues, read(old, _LAYOUT).astype(jnp.float32), 0.0) * across(decay, size, _LAYOUT)
-            + across(step * x, size, _LAYOUT) * B
-        )
+        kept = jnp.where(continues, read(old, _LAYOUT).astype(jnp.float32), 0.0)
+        new = kept * across(decay, size, _LAYOUT) + across(step * x, size, _LAYOUT) * B
         y = (new * C).sum(axis=1) + each(skip) * x
 
         @pl.when(document > 0)
