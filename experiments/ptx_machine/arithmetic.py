@@ -272,7 +272,7 @@ def _convert(instruction):
         half = lambda value: np.asarray(value).astype(low).view(np.uint16).astype(np.uint32)
         return lambda team: (half(a(team)) << np.uint32(16)) | half(b(team))
     types = {**DTYPES, **_FLOATS}
-    (a,) = _sources(instruction, types[kind], 1)
+    a = source(instruction, instruction.operands[1], types[kind], wider=True)
     target = types[to]
     whole = {"rni": np.rint, "rzi": np.trunc}.get(next(iter(rounding & {"rni", "rzi"}), None))
 

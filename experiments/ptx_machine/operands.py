@@ -24,8 +24,12 @@ _PARAMETER = re.compile(r"\w+_param_(\d+)")
 Source = Callable[[Any], Any]
 
 
-def source(instruction: Instruction, text: str, dtype: np.dtype) -> Source:
+def source(instruction: Instruction, text: str, dtype: np.dtype, wider: bool = False) -> Source:
     """The operand's value for a team: an array [threads] or a scalar, of `dtype`.
+
+    Args:
+      wider: whether a register may be, of which the lower bits count (PTX ISA, "Operand Size Exceeding
+        Instruction-Type Size").
 
     Raises:
       UnknownInstruction: no such operand, or a register of another width.
@@ -33,6 +37,8 @@ def source(instruction: Instruction, text: str, dtype: np.dtype) -> Source:
     if text in instruction.registers:
         register = instruction.registers[text]
         natural, slot = NATURAL[register.bits], register.slot
+        if wider and natural.itemsize > dtype.itemsize:
+            return lambda team: team.registers[slot].astype(f"u{dtype.itemsize}").view(dtype)
         if natural.itemsize != dtype.itemsize:
             raise UnknownInstruction(f"{text} has {register.bits} bits, {instruction.op} takes {8 * dtype.itemsize}")
         if natural == dtype:

@@ -53,6 +53,7 @@ RESULTS = {
     "minimum-keeps-nan": ("min.NaN.f32 %r1, 0f7FC00000, %r5;", BITS(np.nan)),
     "to-even": (f"cvt.rni.f32.f32 %r1, {F(2.5)};", BITS(2.0)),
     "to-zero": (f"cvt.rzi.s32.f32 %r1, {F(-2.7)};", -2),
+    "lower-byte": ("mov.b16 %rs1, 0x12fe; cvt.s16.s8 %rs2, %rs1; cvt.s32.s16 %r1, %rs2;", -2),
     "power": (f"ex2.approx.ftz.f32 %r1, {F(-3)};", BITS(0.125)),
     "two-halves": (f"cvt.rn.bf16x2.f32 %r1, {F(1)}, {F(-2)};", 0x3F80C000),
     "rounds-to-even": (f"cvt.rn.bf16.f32 %rs1, {F(1 + 2**-8)}; cvt.f32.bf16 %r1, %rs1;", BITS(1.0)),
