@@ -28,45 +28,17 @@ Not modelled:
 """
 
 from experiments.ptx_machine.launch import Descriptor, Launch, Pointer
-from experiments.ptx_machine.laws import (
-    BadAddress,
-    DataRace,
-    Deadlock,
-    Divergence,
-    LawBroken,
-    MissingProxyFence,
-    NotDelivered,
-    NotDrained,
-    PeerGone,
-    PhaseOvertaken,
-    RegisterInFlight,
-    SourceOverwritten,
-    TransactionBytes,
-    UnknownInstruction,
-)
+from experiments.ptx_machine.laws import LawBroken
 from experiments.ptx_machine.machine import Machine, Schedule
 from experiments.ptx_machine.session import Session, kernels_on_the_machine
 
 __all__ = [
-    "BadAddress",
-    "DataRace",
-    "Deadlock",
     "Descriptor",
-    "Divergence",
     "Launch",
     "LawBroken",
     "Machine",
-    "MissingProxyFence",
-    "NotDelivered",
-    "NotDrained",
-    "PeerGone",
-    "PhaseOvertaken",
     "Pointer",
-    "RegisterInFlight",
     "Schedule",
     "Session",
-    "SourceOverwritten",
-    "TransactionBytes",
-    "UnknownInstruction",
     "kernels_on_the_machine",
 ]

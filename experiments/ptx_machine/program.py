@@ -12,7 +12,7 @@ _LABEL = re.compile(r"([$\w]+)\s*:(?!:)")
 _GUARD = re.compile(r"@(!?)(%?\w+)\s+")
 _REGISTERS = re.compile(r"\.reg\s+\.(\w+)\s+(%?\w+)(?:<(\d+)>)?")
 _NAME = re.compile(r"%?[A-Za-z]\w*")
-_WHOLE_LINES = (".loc", ".file", ".section")
+_BLANK = re.compile(r"(?:\s+|(?://|\.loc|\.file|\.section)[^\n]*)*")  # and comments, and what is for debuggers
 _WITHOUT_EFFECT = (".pragma",)
 
 
@@ -54,14 +54,13 @@ class Program:
 
     Attributes:
       name: of the entry. code: in order. labels: index in `code` that each stands for.
-      widths: bits of the register in each slot. shared: the name of dynamic shared memory.
+      widths: bits of the register in each slot.
     """
 
     name: str
     code: tuple[Instruction, ...]
     labels: dict[str, int]
     widths: tuple[int, ...]
-    shared: str = "__dynamic_shmem__0"
 
 
 def split_operands(text: str) -> tuple[str, ...]:
@@ -103,15 +102,8 @@ class _Reader:
 
     def skip_blank(self) -> bool:
         """Moves to the next statement; False at the end of the text."""
-        while self.at < len(self.text):
-            rest = self.text[self.at :]
-            if rest[0].isspace():
-                self.at += len(rest) - len(rest.lstrip())
-            elif rest.startswith(("//", *_WHOLE_LINES)):
-                self.at += (rest + "\n").index("\n") + 1
-            else:
-                return True
-        return False
+        self.at = _BLANK.match(self.text, self.at).end()
+        return self.at < len(self.text)
 
     def read(self) -> None:
         while self.skip_blank():

@@ -48,14 +48,12 @@ def gather_rows(
     Raises:
       ValueError: no implementation has that name.
     """
-    if implementation is not None:
-        choose("gather_rows", IMPLEMENTATIONS, implementation)
-    reason = mosaic_gather.supports(x, index)
-    if implementation == "mosaic_gpu" and reason is None:
-        return mosaic_gather.gather(x, index)
+    reason, plain = mosaic_gather.supports(x, index), mosaic_gather.plain
     if implementation is None and on_hopper("gather_rows", reason):
-        return by_platform(mosaic_gather.gather, mosaic_gather.plain)(x, index)
-    return mosaic_gather.plain(x, index)
+        return by_platform(mosaic_gather.gather, plain)(x, index)
+    kernel = mosaic_gather.gather if reason is None else plain
+    run = choose("gather_rows", {"xla": plain, "mosaic_gpu": kernel, "reference": plain}, implementation)
+    return run(x, index)
 
 
 def expert_mlp(

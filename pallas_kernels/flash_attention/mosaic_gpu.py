@@ -31,6 +31,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.documents import without_pads
 from pallas_kernels.flash_attention import mosaic_parts as parts
 from pallas_kernels.flash_attention import tuning
 from pallas_kernels.flash_attention.mosaic_gpu_backward import backward
@@ -61,9 +62,9 @@ def flash_attention(q, k, v, start, documents, key_documents):
     share = heads // groups if blocks.pack else 1
     if blocks.pack:
         q = rearrange(q, "b t (g h) p -> b (t h) g p", g=groups)
-    elif documents is not None:
+    else:
         # The packed kernel does this where it reads a pad; here a pass over v is nothing beside the products.
-        v = parts.without_pads(v, key_documents)
+        (v,) = without_pads(key_documents, v)
     view = parts.view(length, share, ROWS * blocks.warpgroups, size, blocks.keys, start, documents, key_documents)
     rows = q.shape[1]
     outs, lses = _forward_kernel(*(pad_to(a, axis=1) for a in (q, k, v)), view, blocks)

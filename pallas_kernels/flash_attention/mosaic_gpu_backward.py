@@ -18,6 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.documents import without_pads
 from pallas_kernels.flash_attention import mosaic_parts as parts
 from pallas_kernels.flash_attention import tuning
 from pallas_kernels.flash_attention.mosaic_parts import HEAD_DIM, LOG2E, ROWS
@@ -31,8 +32,7 @@ def backward(saved, cotangents):
     batch, length, heads, _ = q.shape
     size, groups = k.shape[1:3]
     blocks = tuning.backward(batch, length, size, heads, groups, documents is not None)
-    if documents is not None:
-        k, v = parts.without_pads(k, key_documents), parts.without_pads(v, key_documents)
+    k, v = without_pads(key_documents, k, v)
     seen = jnp.isfinite(lse)
     row_sum = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1) - jnp.where(seen, d_lse, 0)
     # A row that sees nothing has probability exp2(s - inf) = 0; so has a row behind the last one.

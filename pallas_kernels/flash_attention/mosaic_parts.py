@@ -91,10 +91,6 @@ def _ranges(some, whole, by_key):
     return jnp.stack([first, whole_first, whole_end, end], axis=-1)
 
 
-def without_pads(array, documents):
-    return jnp.where((documents > 0)[..., None, None], array, 0)
-
-
 # Inside a kernel.
 
 

@@ -10,22 +10,7 @@ import pytest
 from kernel_cases import as_bfloat16, random
 from ptx_cases import agree, exact, on_the_machine
 
-from experiments.ptx_machine import (
-    BadAddress,
-    DataRace,
-    Deadlock,
-    LawBroken,
-    MissingProxyFence,
-    NotDelivered,
-    NotDrained,
-    PeerGone,
-    PhaseOvertaken,
-    RegisterInFlight,
-    Schedule,
-    SourceOverwritten,
-    TransactionBytes,
-    kernels_on_the_machine,
-)
+from experiments.ptx_machine import Schedule, kernels_on_the_machine, laws
 from pallas_kernels import persistent
 from pallas_kernels.expert_mlp import expert_mlp, gather_rows, mosaic_gather, mosaic_gpu, tuning
 
@@ -104,22 +89,22 @@ def without(pattern, **where):
 PRODUCER, CONSUMER = dict(after="setmaxnreg.dec", before="setmaxnreg.inc"), dict(after="setmaxnreg.inc")
 TRY_WAIT, SEND = r"mbarrier\.try_wait", r"cp\.async\.bulk\.wait_group"
 EDITS = {
-    "a-copy-is-not-waited-for": (without(TRY_WAIT, **CONSUMER), (NotDelivered, DataRace)),
-    "a-slot-is-not-waited-for": (without(TRY_WAIT, **PRODUCER), (DataRace, PhaseOvertaken)),
-    "the-end-is-not-waited-for": (without(TRY_WAIT, after="max.s32", before="setmaxnreg.inc"), PeerGone),
-    "half-the-bytes": (in_part(r"(mov\.b32\s+%r\d+, )128;", r"\g<1>64;", **PRODUCER), TransactionBytes),
-    "twice-the-bytes": (in_part(r"(mov\.b32\s+%r\d+, )128;", r"\g<1>256;", **PRODUCER), Deadlock),
-    "multicast-to-one": (in_part(r"(mov\.b16\s+%rs\d+, )3;", r"\g<1>1;"), Deadlock),
-    "no-release-to-the-peer": (without(r"mbarrier\.arrive\.shared::cluster", **CONSUMER), Deadlock),
-    "no-wait-for-the-cluster": (without(r"barrier\.cluster\.wait"), DataRace),
-    "no-fence-of-the-barriers": (without(r"fence\.mbarrier_init"), (DataRace, MissingProxyFence)),
-    "no-proxy-fence": (without(r"fence\.proxy\.async", **CONSUMER), MissingProxyFence),
-    "no-barrier-before-a-store": (without(r"bar\.sync", **CONSUMER), DataRace),
-    "a-source-is-overwritten": (without(SEND + r"\.read", **CONSUMER), SourceOverwritten),
-    "stores-at-the-exit": (without(SEND + r"\s", **CONSUMER), NotDrained),
-    "products-not-waited-for": (without(r"wgmma\.wait_group"), RegisterInFlight),
-    "no-fence-of-registers": (without(r"wgmma\.fence"), RegisterInFlight),
-    "a-tile-outside": (in_part(r"(add\.s32\s+%r\d+, %r\d+, )49152;", r"\g<1>4915200;", **PRODUCER), BadAddress),
+    "a-copy-is-not-waited-for": (without(TRY_WAIT, **CONSUMER), (laws.NotDelivered, laws.DataRace)),
+    "a-slot-is-not-waited-for": (without(TRY_WAIT, **PRODUCER), (laws.DataRace, laws.PhaseOvertaken)),
+    "the-end-is-not-waited-for": (without(TRY_WAIT, after="max.s32", before="setmaxnreg.inc"), laws.PeerGone),
+    "half-the-bytes": (in_part(r"(mov\.b32\s+%r\d+, )128;", r"\g<1>64;", **PRODUCER), laws.TransactionBytes),
+    "twice-the-bytes": (in_part(r"(mov\.b32\s+%r\d+, )128;", r"\g<1>256;", **PRODUCER), laws.Deadlock),
+    "multicast-to-one": (in_part(r"(mov\.b16\s+%rs\d+, )3;", r"\g<1>1;"), laws.Deadlock),
+    "no-release-to-the-peer": (without(r"mbarrier\.arrive\.shared::cluster", **CONSUMER), laws.Deadlock),
+    "no-wait-for-the-cluster": (without(r"barrier\.cluster\.wait"), laws.DataRace),
+    "no-fence-of-the-barriers": (without(r"fence\.mbarrier_init"), (laws.DataRace, laws.MissingProxyFence)),
+    "no-proxy-fence": (without(r"fence\.proxy\.async", **CONSUMER), laws.MissingProxyFence),
+    "no-barrier-before-a-store": (without(r"bar\.sync", **CONSUMER), laws.DataRace),
+    "a-source-is-overwritten": (without(SEND + r"\.read", **CONSUMER), laws.SourceOverwritten),
+    "stores-at-the-exit": (without(SEND + r"\s", **CONSUMER), laws.NotDrained),
+    "products-not-waited-for": (without(r"wgmma\.wait_group"), laws.RegisterInFlight),
+    "no-fence-of-registers": (without(r"wgmma\.fence"), laws.RegisterInFlight),
+    "a-tile-outside": (in_part(r"(add\.s32\s+%r\d+, %r\d+, )49152;", r"\g<1>4915200;", **PRODUCER), laws.BadAddress),
 }
 
 
@@ -133,7 +118,7 @@ def to_tiles(sizes, features=128, width=512):
 
 @pytest.mark.parametrize("edit, law", EDITS.values(), ids=EDITS)
 def test_an_edited_kernel_breaks_a_law(edit, law):
-    with pytest.raises(LawBroken) as caught, kernels_on_the_machine(Schedule(0), edit):
+    with pytest.raises(laws.LawBroken) as caught, kernels_on_the_machine(Schedule(0), edit):
         to_tiles([128, 128])
     assert isinstance(caught.value, law), str(caught.value)
     assert TO_TILES in str(caught.value)
@@ -153,5 +138,5 @@ def test_a_warp_that_runs_ahead_of_its_warpgroup(monkeypatch):
     with kernels_on_the_machine(schedule):
         run()
     monkeypatch.setattr(persistent, "plgpu", Without())
-    with pytest.raises(PhaseOvertaken), kernels_on_the_machine(schedule):
+    with pytest.raises(laws.PhaseOvertaken), kernels_on_the_machine(schedule):
         run()

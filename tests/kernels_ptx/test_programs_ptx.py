@@ -5,22 +5,7 @@ import numpy as np
 import pytest
 from ptx_cases import kernel, result
 
-from experiments.ptx_machine import (
-    BadAddress,
-    DataRace,
-    Deadlock,
-    Descriptor,
-    Divergence,
-    MissingProxyFence,
-    NotDelivered,
-    NotDrained,
-    PeerGone,
-    Pointer,
-    RegisterInFlight,
-    Schedule,
-    TransactionBytes,
-    UnknownInstruction,
-)
+from experiments.ptx_machine import Descriptor, Pointer, Schedule, laws
 
 OWN_PLACE = "mul.wide.u32 %rd9, %r0, 4; add.s64 %rd8, %rd0, %rd9;"
 OUT = OWN_PLACE + " st.global.b32 [%rd8], %r1;"
@@ -95,7 +80,7 @@ def exchange(between):
 def test_warps_exchange_values_in_shared_memory(apart):
     schedule = Schedule(apart=apart)
     np.testing.assert_array_equal(result(exchange("bar.sync 0;"), schedule=schedule), np.arange(128) ^ 64)
-    with pytest.raises(DataRace, match=r"kernel small, PTX line 9: .*look for a bar\.sync"):
+    with pytest.raises(laws.DataRace, match=r"kernel small, PTX line 9: .*look for a bar\.sync"):
         result(exchange(""), schedule=schedule)
 
 
@@ -107,11 +92,11 @@ def test_a_barrier_of_memory_orders_what_was_written():
     store = "st.shared.b32 [%rd6], %r0;"
     found = result(kernel(SHARED + setup + store + meet + wait + NEIGHBOUR + OUT, 1), schedule=Schedule(3, apart=True))
     np.testing.assert_array_equal(found, np.arange(128) ^ 64)
-    with pytest.raises(DataRace):
+    with pytest.raises(laws.DataRace):
         result(kernel(SHARED + setup + store + meet + NEIGHBOUR + OUT, 1), schedule=Schedule(3, apart=True))
-    with pytest.raises(NotDrained):
+    with pytest.raises(laws.NotDrained):
         result(kernel(SHARED + setup + "@%p1 " + meet + "mov.b32 %r1, 0;" + OUT, 1))
-    with pytest.raises(Deadlock):
+    with pytest.raises(laws.Deadlock):
         result(kernel(SHARED + setup + wait + "mov.b32 %r1, 0;" + OUT, 1))
 
 
@@ -170,12 +155,12 @@ def test_swizzle_of_128_bytes():
 
 
 BROKEN_COPIES = {
-    "no-wait": (COPY.replace(WAIT, ""), NotDelivered),
-    "too-few-bytes": (COPY.replace("], 512;", "], 256;"), TransactionBytes),
-    "too-many-bytes": (COPY.replace("], 512;", "], 516;"), Deadlock),
-    "no-fence-of-the-barrier": (COPY.replace("fence.mbarrier_init.release.cluster;", ""), MissingProxyFence),
-    "misaligned": (COPY.replace("bytes [%rd4],", "bytes [%rd4+64],"), BadAddress),
-    "no-barrier-there": (COPY.replace("{0, 1}], [%rd4+8192]", "{0, 1}], [%rd4+8200]"), BadAddress),
+    "no-wait": (COPY.replace(WAIT, ""), laws.NotDelivered),
+    "too-few-bytes": (COPY.replace("], 512;", "], 256;"), laws.TransactionBytes),
+    "too-many-bytes": (COPY.replace("], 512;", "], 516;"), laws.Deadlock),
+    "no-fence-of-the-barrier": (COPY.replace("fence.mbarrier_init.release.cluster;", ""), laws.MissingProxyFence),
+    "misaligned": (COPY.replace("bytes [%rd4],", "bytes [%rd4+64],"), laws.BadAddress),
+    "no-barrier-there": (COPY.replace("{0, 1}], [%rd4+8192]", "{0, 1}], [%rd4+8200]"), laws.BadAddress),
 }
 
 
@@ -197,10 +182,10 @@ def test_a_bulk_store():
 @pytest.mark.parametrize(
     "missing, law",
     [
-        ("fence.proxy.async;", MissingProxyFence),
-        ("bar.sync 0;", DataRace),
-        ("cp.async.bulk.wait_group 0;", NotDrained),
-        ("cp.async.bulk.commit_group;", NotDrained),
+        ("fence.proxy.async;", laws.MissingProxyFence),
+        ("bar.sync 0;", laws.DataRace),
+        ("cp.async.bulk.wait_group 0;", laws.NotDrained),
+        ("cp.async.bulk.commit_group;", laws.NotDrained),
     ],
 )
 def test_a_bulk_store_lacks_something(missing, law):
@@ -244,10 +229,13 @@ def test_a_product(apart):
 @pytest.mark.parametrize(
     "change, law",
     [
-        (("wgmma.fence.sync.aligned;", ""), RegisterInFlight),
-        (("wgmma.wait_group.sync.aligned 0;", ""), RegisterInFlight),
-        (("wgmma.commit_group.sync.aligned;", "mov.b32 %r24, 0; wgmma.commit_group.sync.aligned;"), RegisterInFlight),
-        (("0x4000004000010000", "0x0000004000010000"), UnknownInstruction),
+        (("wgmma.fence.sync.aligned;", ""), laws.RegisterInFlight),
+        (("wgmma.wait_group.sync.aligned 0;", ""), laws.RegisterInFlight),
+        (
+            ("wgmma.commit_group.sync.aligned;", "mov.b32 %r24, 0; wgmma.commit_group.sync.aligned;"),
+            laws.RegisterInFlight,
+        ),
+        (("0x4000004000010000", "0x0000004000010000"), laws.UnknownInstruction),
     ],
     ids=["no-fence", "no-wait", "an-operand-is-overwritten", "no-swizzle"],
 )
@@ -284,9 +272,9 @@ def test_one_copy_for_two_blocks(seed):
 
 
 BROKEN_CLUSTERS = {
-    "to-one-only": (SHARE.replace("%rs1, 3", "%rs1, 1"), Deadlock),
-    "to-a-block-that-is-not-there": (SHARE.replace("%rs1, 3", "%rs1, 7"), BadAddress),
-    "the-peer-may-not-have-begun": (SHARE.replace(MEET, ""), (DataRace, BadAddress)),
+    "to-one-only": (SHARE.replace("%rs1, 3", "%rs1, 1"), laws.Deadlock),
+    "to-a-block-that-is-not-there": (SHARE.replace("%rs1, 3", "%rs1, 7"), laws.BadAddress),
+    "the-peer-may-not-have-begun": (SHARE.replace(MEET, ""), (laws.DataRace, laws.BadAddress)),
 }
 
 
@@ -306,24 +294,24 @@ def test_blocks_arrive_at_each_other_s_barriers(seed):
 
 
 def test_a_block_must_not_exit_while_its_peer_arrives():
-    with pytest.raises(PeerGone):
+    with pytest.raises(laws.PeerGone):
         result(kernel(ARRIVALS.replace(WAIT, ""), 1, blocks=2, cluster=2))
 
 
 # ------------------------------------------------------------------------------------------------------------- laws
 
 BROKEN = {
-    "unknown": ("frobnicate.b32 %r1, %r0;", UnknownInstruction),
-    "unknown-form": ("add.sat.s32 %r1, %r0, %r0;", UnknownInstruction),
-    "unknown-register": ("mov.u32 %r1, %clock;", UnknownInstruction),
-    "width": ("add.s32 %r1, %rd0, 1;", UnknownInstruction),
-    "misaligned": ("ld.global.v2.b32 {%r1, %r2}, [%rd0+4];", BadAddress),
-    "before-an-array": ("st.global.b32 [%rd0+-4], %r0;", BadAddress),
-    "behind-an-array": ("ld.global.b32 %r1, [%rd0+512];", BadAddress),
-    "behind-shared-memory": ("mov.b64 %rd4, __dynamic_shmem__0; ld.shared.b32 %r1, [%rd4+16384];", BadAddress),
-    "different-values": ("st.global.b32 [%rd0], %r0;", DataRace),
-    "a-branch-within-a-warp": ("setp.lt.s32 %p1, %r0, 5; @%p1 bra $L; mov.b32 %r1, 0; $L:", Divergence),
-    "too-few-threads": ("bar.sync 1, 160;", Deadlock),
+    "unknown": ("frobnicate.b32 %r1, %r0;", laws.UnknownInstruction),
+    "unknown-form": ("add.sat.s32 %r1, %r0, %r0;", laws.UnknownInstruction),
+    "unknown-register": ("mov.u32 %r1, %clock;", laws.UnknownInstruction),
+    "width": ("add.s32 %r1, %rd0, 1;", laws.UnknownInstruction),
+    "misaligned": ("ld.global.v2.b32 {%r1, %r2}, [%rd0+4];", laws.BadAddress),
+    "before-an-array": ("st.global.b32 [%rd0+-4], %r0;", laws.BadAddress),
+    "behind-an-array": ("ld.global.b32 %r1, [%rd0+512];", laws.BadAddress),
+    "behind-shared-memory": ("mov.b64 %rd4, __dynamic_shmem__0; ld.shared.b32 %r1, [%rd4+16384];", laws.BadAddress),
+    "different-values": ("st.global.b32 [%rd0], %r0;", laws.DataRace),
+    "a-branch-within-a-warp": ("setp.lt.s32 %p1, %r0, 5; @%p1 bra $L; mov.b32 %r1, 0; $L:", laws.Divergence),
+    "too-few-threads": ("bar.sync 1, 160;", laws.Deadlock),
 }
 
 
@@ -334,12 +322,12 @@ def test_a_program_breaks_a_law(statements, law):
 
 
 def test_an_array_that_is_only_read_cannot_be_written():
-    with pytest.raises(BadAddress, match="only read"):
+    with pytest.raises(laws.BadAddress, match="only read"):
         result(kernel("mov.b32 %r1, 0;" + OUT, 2), np.zeros(128, np.uint32))
 
 
 def test_blocks_of_a_grid_are_not_ordered():
-    with pytest.raises(DataRace, match="another cluster"):
+    with pytest.raises(laws.DataRace, match="another cluster"):
         result(kernel("mov.u32 %r1, %ctaid.x;" + OUT, 1, blocks=2))
 
 

@@ -10,7 +10,7 @@ from kernel_cases import as_bfloat16, call, implementations_agree, random
 from tiny import assert_close
 
 from pallas_kernels import choice
-from pallas_kernels.expert_mlp import expert_mlp, token_mlp, xla
+from pallas_kernels.expert_mlp import expert_mlp, gather_rows, token_mlp, xla
 from pallas_kernels.norm import Norm
 
 EXPERTS, WIDTH, FEATURES = 5, 7, 6
@@ -202,6 +202,11 @@ def test_token_mlp_refuses_what_does_not_fit(changes, message):
     values = arguments(2) | {"weights": random(3, 2, 2), "ids": np.zeros((2, 2), np.int32)}
     with pytest.raises(ValueError, match=message):
         call(token_mlp, **values | changes)
+
+
+def test_gather_rows_refuses_an_unknown_implementation():
+    with pytest.raises(ValueError, match="gather_rows: implementation 'cuda' does not exist"):
+        gather_rows(jnp.zeros((2, 64)), jnp.zeros(8, jnp.int32), implementation="cuda")
 
 
 def test_token_mlp_refuses_a_norm_of_other_rows():
