@@ -4,8 +4,9 @@ The sequence of every head is cut into pieces, so many that heads x pieces fill 
 in chunks of 64 tokens, its state in registers.
   1. `mosaic_steps.steps`: step sizes from dt (bias, softplus, limit), documents and pads, and the running sums a.
   2. `mosaic_parts.piece_states`: the state that each piece but the last leaves if it starts from zero, a sum of
-     products. A scan over the few pieces (plain JAX) turns these into the state before each piece.
-  3. `_scan`: each piece from its true state. With a the running sum of the log decay inside a chunk,
+     products over the tokens that have a weight at the piece's end.
+  3. `_scan`: each piece from the state before it, the sum of what earlier ones leave, decayed. With a the running sum
+     of the log decay inside a chunk,
          links[l, s] = (C_l . B_s) exp(a_l - a_s) dt_s for s <= l, and D on the diagonal
          y^T         = S C^T exp(a_l) + x^T links^T
          S           = exp(a_end) S + (x^T exp(a_end - a_s) dt_s) B
@@ -14,8 +15,9 @@ in chunks of 64 tokens, its state in registers.
      passes through shared memory is the links, bfloat16.
 
 Roofline, Nano (64 heads x 64 in 8 groups, state 128), 8,192 tokens on an H100 (3.35 TB/s, 989 TFLOP/s): x, B, C in and
-y out are 20.5 KB a token, running sums and steps 0.8 KB, four pieces read x and B again for three quarters of the
-tokens, 8.3 KB: 242 MB, 72 us. Products: 3.7 MFLOP a token and 0.8 of the first pass: 37 GFLOP, 37 us.
+y out are 20.5 KB a token, running sums and steps 0.8 KB; four pieces read x and B again for three quarters of the
+tokens, 8.3 KB, if all of those have a weight. 175 to 242 MB, 52 to 72 us. Products: 3.7 MFLOP a token and up to 0.8 of
+the first pass: 37 GFLOP, 37 us.
 
 Gradient: `mosaic_gpu_backward.py`. Any width: `mosaic_parts.py`.
 """
@@ -97,7 +99,7 @@ _ssd.defvjp(
 @functools.partial(jax.jit, static_argnums=0)  # equal layers are traced once
 def _run(plan, inputs, steps):
     """y like x, and the state after the last token."""
-    before = parts.states_before_pieces(plan, inputs.x, inputs.B, *steps, inputs.state)
+    before = parts.before_pieces(plan, inputs.x, inputs.B, steps, inputs.state)
     return _scan(plan, inputs.x, inputs.B, inputs.C, steps.vectors, inputs.skip, before)
 
 
@@ -140,16 +142,17 @@ def _scan(plan, x, B, C, vectors, skip, before):
         spare=parts.spare_tiles(lanes, plan.interpret),
     )
 
-    def body(x, B, C, vectors, skip, before, y, after, *scratch):
+    def body(x, B, C, vectors, skip, *refs):
+        earlier, (y, after, *scratch) = refs[: len(before)], refs[len(before) :]
         s, place, thread = _ScanScratch(*scratch), parts.Place(plan), lax.axis_index("thread")
         linkers = plan.heads
         pl.when(thread < linkers)(lambda: _load_and_link(plan, place, thread, (x, B, C, vectors), skip, s))
-        pl.when(thread >= linkers)(lambda: _advance(plan, place, thread - linkers, before, y, after, s))
+        pl.when(thread >= linkers)(lambda: _advance(plan, place, thread - linkers, earlier, y, after, s))
 
     after = jax.ShapeDtypeStruct((batch, heads, width, state_size), jnp.float32)
     out_type = (jax.ShapeDtypeStruct(x.shape, x.dtype), after)
     run = parts.launch_walk(plan, body, "ssd_scan", x, plan.pieces, out_type, scratch, threads=plan.heads + lanes)
-    return run(x, B, C, vectors, skip, before)
+    return run(x, B, C, vectors, skip, *before)
 
 
 def _take_registers(plan, role):
@@ -224,7 +227,7 @@ def _advance(plan, place, lane, before, y, after, s):
     """The other warpgroups: 64 rows of a state, from chunk to chunk."""
     _take_registers(plan, 1)
     head, rows = lax.div(lane, plan.blocks), place.rows(lax.rem(lane, plan.blocks))
-    slabs = parts.slabs_of(before.shape[-1])
+    slabs = parts.slabs_of(after.shape[-1])
 
     def chunk(c, state):
         slot = lax.rem(c, plan.slots)
@@ -240,8 +243,7 @@ def _advance(plan, place, lane, before, y, after, s):
         plgpu.barrier_arrive(s.consumed.at[slot])
         return state
 
-    before = before.at[place.batch, place.head + head, place.piece, rows]
-    state = parts.load_state(before, slabs)
+    state = parts.state_before(place, place.head + head, rows, slabs, *before)
     state = lax.fori_loop(0, place.chunks, chunk, state)
 
     @pl.when(place.piece == plan.pieces - 1)

@@ -21,8 +21,8 @@ error that grows with the length.)
 
 Roofline, Nano (64 heads x 64 in 8 groups, state 128), 8,192 tokens on an H100: x, dy, B, C in and dx, dB, dC out are
 33 KB a token. The states of every chunk are 16.4 KB a token, written and read, twice: 66 KB. The walks read x or dy and
-B or C twice (four pieces), with the steps: 38 KB. Sums: 3 KB. In all 1.1 GB, 340 us. Products: 7.1 MFLOP a token and
-3.7 of the walks: 88 GFLOP, 89 us.
+B or C up to twice (four pieces), with the steps: 38 KB. Sums: 3 KB. In all 1.1 GB, 340 us. Products: 7.1 MFLOP a token
+and 3.7 of the walks: 88 GFLOP, 89 us.
 """
 
 from __future__ import annotations
@@ -100,13 +100,12 @@ def _by_slices(inputs, steps, dy, d_state, interpret):
 def _run(plan, inputs, steps, dy, d_state):
     """The gradients of `inputs`, in a tuple like it, and those of log decays and steps, [B, T rounded up, K]."""
     x, B, C, skip, state = inputs
-    vectors, ends = steps
-    before = parts.states_before_pieces(plan, x, B, vectors, ends, state)
-    states, _ = parts.chunk_states(plan, x, B, vectors, before)
-    behind = parts.states_before_pieces(plan, dy, C, vectors, ends, d_state, reverse=True)
-    d_states, d_state = parts.chunk_states(plan, dy, C, vectors, behind, reverse=True)
-    dx, dB, dC, sums = _chunk_gradients(plan, (x, dy, B, C, states, d_states, vectors), skip)
-    d_log_decay, d_step, d_skip = _token_gradients(sums, ends, vectors[:, : x.shape[2], parts.STEP])
+    states, _ = parts.chunk_states(plan, x, B, steps, state)
+    d_states, d_state = parts.chunk_states(plan, dy, C, steps, d_state, reverse=True)
+    dx, dB, dC, sums = _chunk_gradients(plan, (x, dy, B, C, states, d_states, steps.vectors), skip)
+    heads = x.shape[2]
+    of_steps = steps.ends[..., :heads], steps.vectors[:, :heads, parts.STEP]
+    d_log_decay, d_step, d_skip = _token_gradients(sums, *of_steps)
     length = x.shape[1]
     return parts.Inputs(dx, dB[:, :length], dC[:, :length], d_skip, d_state), (d_log_decay, d_step)
 

@@ -7,6 +7,7 @@ memory.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from pallas_kernels.tiles import pad_to
 
 LOG2E = math.log2(math.e)
 RESET = -256.0  # log2 of the decay into a new document
+_NO_WEIGHT = -150.0  # and that of half the smallest float32 that is not zero
 WGMMA = plgpu.Layout.WGMMA
 PER_ROW, PER_COLUMN = WGMMA.reduce(1), WGMMA.reduce(0)
 COARSE, FINE, STEP = 0, 1, 2  # of the vectors of a chunk
@@ -82,38 +84,9 @@ def running_sum(a, axis):
     return a
 
 
-def states_before_pieces(plan, x, B, vectors, ends, initial, reverse=False):
-    """The state before each piece, [B, K, pieces, P, N]. The arguments are those of `piece_states`.
-
-    ends: log decay over each chunk, [B, c, K]. initial: the state before the first piece.
-    """
-    if plan.pieces == 1:
-        return initial[:, :, None]
-    later, decay = _decays_of_pieces(plan, ends[:, ::-1] if reverse else ends)
-    return _states_before(decay, piece_states(plan, x, B, vectors, later, reverse), initial)
-
-
-def _decays_of_pieces(plan, chunks):
-    """Of each piece but the last: log decay from each chunk to the piece's end, [B, K, pieces - 1, c], whole decay.
-
-    chunks: log decay over each chunk, [B, c, K].
-    """
-    each = rearrange(chunks[:, : (plan.pieces - 1) * plan.piece], "b (p c) k -> b k p c", c=plan.piece)
-    after = jnp.pad(each[..., 1:], ((0, 0),) * 3 + ((0, 1),))
-    later = lax.cumsum(after, axis=3, reverse=True)
-    return later, jnp.exp2(later[..., 0] + each[..., 0])
-
-
-def _states_before(decay, states, initial):
-    """The state before each piece, [B, K, pieces, P, N]."""
-
-    def combine(left, right):
-        (a1, s1), (a2, s2) = left, right
-        return a1 * a2, a2[..., None, None] * s1 + s2
-
-    decay = jnp.concatenate([jnp.ones_like(decay[:, :, :1]), decay], axis=2)
-    states = jnp.concatenate([initial[:, :, None], states], axis=2)
-    return lax.associative_scan(combine, (decay, states), axis=2)[1]
+def before_pieces(plan, x, B, steps, initial, reverse=False):
+    """What `state_before` takes: the state before the first piece, and `piece_states` if there are others."""
+    return initial, *(piece_states(plan, x, B, steps, reverse) if plan.pieces > 1 else ())
 
 
 # Device side.
@@ -227,8 +200,29 @@ def slabs_of(state_size):
     return [pl.ds(i, ROWS) for i in range(0, state_size, ROWS)]
 
 
-def load_state(ref, slabs):
-    return tuple(read(ref.at[:, slab], WGMMA) for slab in slabs)
+def has_weight(log_decay):
+    """Whether `exp2(log_decay)` is more than zero, or NaN."""
+    return ~(log_decay <= _NO_WEIGHT)
+
+
+def state_before(place, head, rows, slabs, initial, states=None, decays=None):
+    """The state before a piece: what earlier pieces leave, from the last to the first of those that have a weight."""
+    load = lambda ref: tuple(read(ref.at[rows, slab], WGMMA) for slab in slabs)
+    first = initial.at[place.batch, head]
+    if states is None:
+        return load(first)
+
+    def add(carry):
+        q, rest, state = carry
+        decay = decays[place.batch, head, q]
+        left = load(states.at[place.batch, head, q])
+        state = tuple(v + jnp.exp2(rest) * a for v, a in zip(state, left, strict=True))
+        return q - 1, rest + decay, state
+
+    carry = place.piece - 1, jnp.float32(0.0), tuple(zeros() for _ in slabs)
+    _, rest, state = lax.while_loop(lambda carry: (carry[0] >= 0) & has_weight(carry[1]), add, carry)
+    at_first = lambda a: jnp.where(has_weight(rest), jnp.exp2(rest) * a, 0.0)
+    return tuple(v + at_first(a) for v, a in zip(state, load(first), strict=True))
 
 
 def zeros():
@@ -317,63 +311,97 @@ def _walk_scratch(plan, state_size, keep):
     )
 
 
-def piece_states(plan, x, B, vectors, later, reverse=False):
-    """What each piece but the last leaves if it starts from zero: [B, K, pieces - 1, P, N] float32.
+def piece_states(plan, x, B, steps, reverse=False):
+    """What each piece but the last leaves if it starts from zero, [B, K, pieces - 1, P, N], and the log decay over it.
 
-    later: log decay from each chunk of a piece, in the order of the walk, to the piece's end, [B, K, pieces - 1, c].
-      With it in the tokens' weights nothing but sums is left.
+    A piece is walked from its end: the weights of tokens are those at the end, and nothing but sums is left. Where all
+    that is further away has weights of zero, the walk is over, and so is the log decay: what there is of it gives zero.
     """
     (batch, _, heads, width), state_size = x.shape, B.shape[-1]
     slabs = slabs_of(state_size)
 
-    def body(x, B, vectors, later, states, *scratch):
+    def body(x, B, vectors, ends, states, decays, *scratch):
         s, place, thread = _WalkScratch(*scratch), Place(plan, reverse), lax.axis_index("thread")
-        pl.when(thread == 0)(lambda: _load_piece(plan, place, x, B, vectors, s))
+        walk = functools.partial(_from_the_end, plan, place, ends)
+
+        @pl.when(thread == 0)
+        def _():
+            count, _ = walk(lambda i, c, _: _load_walk(plan, place, i, c, x, B, vectors, s))
+            drain(plan, count, s)
 
         @pl.when(thread > 0)
         def _():
-            head, rows = _lane(plan, place, thread - 1)
+            lane = thread - 1
+            head, rows = _lane(plan, place, lane)
+            own = lambda rests: rests[0] if plan.heads == 1 else jnp.where(head == place.head, *rests)
 
-            def walk(*sums):
-                _accumulate(plan, place, thread - 1, later.at[place.batch, head, place.piece], sums, slabs, reverse, s)
+            def sum_up(*sums):
+                _, rests = walk(lambda i, _, rests: _accumulate(plan, lane, i, own(rests), sums, slabs, reverse, s))
                 _store_state(states.at[place.batch, head, place.piece, rows], slabs, [acc[...] for acc in sums])
+                decays[place.batch, head, place.piece] = own(rests)
 
-            pl.run_scoped(walk, *(plgpu.ACC((ROWS, ROWS), jnp.float32) for _ in slabs))
+            pl.run_scoped(sum_up, *(plgpu.ACC((ROWS, ROWS), jnp.float32) for _ in slabs))
 
-    out_type = jax.ShapeDtypeStruct((batch, heads, plan.pieces - 1, width, state_size), jnp.float32)
+    out_type = tuple(
+        jax.ShapeDtypeStruct((batch, heads, plan.pieces - 1, *n), jnp.float32) for n in ((width, state_size), ())
+    )
     scratch = _walk_scratch(plan, state_size, keep=False)
     run = launch_walk(plan, body, "ssd_piece_states", x, plan.pieces - 1, out_type, scratch)
-    return run(x, B, vectors, later)
+    return run(x, B, *steps)
 
 
-def _accumulate(plan, place, lane, later, sums, slabs, reverse, s):
-    """Adds up what all chunks of a piece leave at its end."""
+def _from_the_end(plan, place, ends, visit):
+    """Runs `visit(i, chunk, rests)` for a piece's chunks, the last one first, until nothing that is left has a weight.
 
-    def chunk(c, rest):
-        slot, following = lax.rem(c, plan.slots), later[jnp.minimum(c + 1, place.chunks - 1)]
-        plgpu.barrier_wait(s.loaded.at[slot])
-        vectors = s.vectors.at[slot, lax.div(lane, plan.blocks)]
-        x = weighted(load_transposed(s.x.at[slot, lane]), _walk_weights(vectors, reverse, rest))
-        for acc, slab in zip(sums, slabs, strict=True):
-            multiply(acc, x, s.B.at[slot, :, slab], spare_of(lane, s))
-        # The registers of the operand are free only now: the next chunk must not be prepared before.
-        plgpu.wgmma_wait(0)
-        plgpu.barrier_arrive(s.consumed.at[slot])
-        return following
+    rests: log decay from the chunk to the piece's end, for each of the heads.
 
-    lax.fori_loop(0, place.chunks, chunk, later[0])
+    Returns: how many chunks that were, and the log decay over them.
+    """
+
+    def step(carry):
+        i, rests = carry
+        c = place.chunks - 1 - i
+        decays = [ends[place.batch, place.chunk(c), place.head + h] for h in range(plan.heads)]
+        visit(i, c, rests)
+        return i + 1, tuple(rest + decay for rest, decay in zip(rests, decays, strict=True))
+
+    def matters(carry):
+        i, rests = carry
+        return (i < place.chunks) & functools.reduce(jnp.logical_or, map(has_weight, rests))
+
+    return lax.while_loop(matters, step, (jnp.int32(0), (jnp.float32(0.0),) * plan.heads))
 
 
-def chunk_states(plan, x, B, vectors, before, reverse=False):
+def _accumulate(plan, lane, i, rest, sums, slabs, reverse, s):
+    """Adds up what the chunk that was loaded as number `i` leaves at the piece's end."""
+    slot = lax.rem(i, plan.slots)
+    plgpu.barrier_wait(s.loaded.at[slot])
+    vectors = s.vectors.at[slot, lax.div(lane, plan.blocks)]
+    x = weighted(load_transposed(s.x.at[slot, lane]), _walk_weights(vectors, reverse, rest))
+    for acc, slab in zip(sums, slabs, strict=True):
+        multiply(acc, x, s.B.at[slot, :, slab], spare_of(lane, s))
+    # The registers of the operand are free only now: the next chunk must not be prepared before.
+    plgpu.wgmma_wait(0)
+    plgpu.barrier_arrive(s.consumed.at[slot])
+
+
+def chunk_states(plan, x, B, steps, initial, reverse=False):
     """The state before each chunk of the walk, [B, K, c, P, N] bfloat16, and that after the last, float32.
 
-    before: the state before each piece.
+    initial: the state before the first.
     """
     (batch, _, heads, width), state_size = x.shape, B.shape[-1]
 
-    def body(x, B, vectors, before, states, after, *scratch):
+    before = before_pieces(plan, x, B, steps, initial, reverse)
+
+    def body(x, B, vectors, *refs):
+        earlier, (states, after, *scratch) = refs[: len(before)], refs[len(before) :]
         s, place, thread = _WalkScratch(*scratch), Place(plan, reverse), lax.axis_index("thread")
-        pl.when(thread == 0)(lambda: _load_piece(plan, place, x, B, vectors, s))
+
+        @pl.when(thread == 0)
+        def _():
+            pl.loop(0, place.chunks)(lambda c: _load_walk(plan, place, c, c, x, B, vectors, s))
+            drain(plan, place.chunks, s)
 
         @pl.when(thread > 0)
         def _():
@@ -388,7 +416,7 @@ def chunk_states(plan, x, B, vectors, before, reverse=False):
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(s.kept.at[lane], states.at[place.batch, head, place.chunk(c), rows])
 
-            state = load_state(before.at[place.batch, head, place.piece, rows], slabs)
+            state = state_before(place, head, rows, slabs, *earlier)
             state = _walk(plan, place, lane, state, reverse, s, keep)
             is_last = place.piece == plan.pieces - 1
             pl.when(is_last)(lambda: _store_state(after.at[place.batch, head, rows], slabs, state))
@@ -397,7 +425,9 @@ def chunk_states(plan, x, B, vectors, before, reverse=False):
     states = jax.ShapeDtypeStruct((batch, heads, plan.chunks, width, state_size), jnp.bfloat16)
     after = jax.ShapeDtypeStruct((batch, heads, width, state_size), jnp.float32)
     scratch = _walk_scratch(plan, state_size, keep=True)
-    return launch_walk(plan, body, "ssd_chunk_states", x, plan.pieces, (states, after), scratch)(x, B, vectors, before)
+    return launch_walk(plan, body, "ssd_chunk_states", x, plan.pieces, (states, after), scratch)(
+        x, B, steps.vectors, *before
+    )
 
 
 def _lane(plan, place, lane):
@@ -410,17 +440,14 @@ def _store_state(ref, slabs, state):
         ref.at[:, slab][...] = value
 
 
-def _load_piece(plan, place, x, B, vectors, s):
-    @pl.loop(0, place.chunks)
-    def _(c):
-        slot = lax.rem(c, plan.slots)
-        pl.when(c >= plan.slots)(lambda: plgpu.barrier_wait(s.consumed.at[slot]))
-        copy = lambda source, target: plgpu.copy_gmem_to_smem(source, target, s.loaded.at[slot])
-        load_keys(place, B, x, place.tokens(c), s.B.at[slot], copy)
-        load_values(plan, place, x, place.tokens(c), s.x.at[slot], copy)
-        copy_vectors(plan, place, vectors, place.tokens(c), s.vectors.at[slot], copy)
-
-    drain(plan, place.chunks, s)
+def _load_walk(plan, place, i, c, x, B, vectors, s):
+    """Loads a piece's chunk `c` as number `i` of the walk."""
+    slot = lax.rem(i, plan.slots)
+    pl.when(i >= plan.slots)(lambda: plgpu.barrier_wait(s.consumed.at[slot]))
+    copy = lambda source, target: plgpu.copy_gmem_to_smem(source, target, s.loaded.at[slot])
+    load_keys(place, B, x, place.tokens(c), s.B.at[slot], copy)
+    load_values(plan, place, x, place.tokens(c), s.x.at[slot], copy)
+    copy_vectors(plan, place, vectors, place.tokens(c), s.vectors.at[slot], copy)
 
 
 def _walk(plan, place, lane, state, reverse, s, visit):

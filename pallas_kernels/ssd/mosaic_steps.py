@@ -54,7 +54,7 @@ def steps(dt, A, dt_bias, dt_limit, documents, initial_document, interpret) -> p
     chunks = -(-length // CHUNK)
     dt = pad_to(rearrange(dt, "b t g h -> b t (g h)"), axis=2)
     flat = lambda a: pad_to(a.astype(jnp.float32).reshape(1, -1), 1, _HEADS)[0]
-    kinds = jnp.pad(_kinds(batch, length, documents, initial_document), ((0, 0), (0, -length % CHUNK)))
+    kinds = [] if documents is None else [_kinds(chunks * CHUNK, documents, initial_document)]
     padded = -(-heads // _HEADS) * _HEADS
     out_type = (
         jax.ShapeDtypeStruct((batch, padded, 3, chunks * CHUNK), jnp.float32),
@@ -68,13 +68,14 @@ def steps(dt, A, dt_bias, dt_limit, documents, initial_document, interpret) -> p
     )
     grid = dict(batch=batch, chunk=chunks, heads=padded // _HEADS)
 
-    def body(dt, A, dt_bias, kinds, vectors, ends, *scratch):
+    def body(dt, A, dt_bias, *refs):
+        owners, (vectors, ends, *scratch) = refs[: len(kinds)], refs[len(kinds) :]
         batch, chunk, tile = (lax.axis_index(name) for name in grid)
         heads = pl.ds(tile * _HEADS, _HEADS)
         tokens = pl.ds(chunk * CHUNK, CHUNK)
         s = _Scratch(*scratch)
         plgpu.copy_gmem_to_smem(dt.at[batch, tokens, heads], s.dt, s.loaded)
-        kind = across(read(kinds.at[batch, tokens], EACH_ROW))
+        kind = across(read(owners[0].at[batch, tokens], EACH_ROW)) if owners else _token_until(length, chunk)
         rate, bias = (down(read(a.at[heads], EACH_COLUMN), CHUNK) for a in (A, dt_bias))
         plgpu.barrier_wait(s.loaded)
         raw = read(s.dt).astype(jnp.float32)
@@ -93,8 +94,8 @@ def steps(dt, A, dt_bias, dt_limit, documents, initial_document, interpret) -> p
         vectors.at[batch, heads, STEP, tokens][...] = _transposed(s.fine)
 
     run = launch(body, "ssd_steps", grid, 1, out_type, scratch, interpret, approximate=False)
-    vectors, ends = run(dt, flat(A), flat(dt_bias), kinds)
-    return parts.Steps(vectors, ends[..., :heads])
+    vectors, ends = run(dt, flat(A), flat(dt_bias), *kinds)
+    return parts.Steps(vectors, ends)
 
 
 def differentiable(dt, A, dt_bias, dt_limit, documents, initial_document):
@@ -109,12 +110,17 @@ def _log_decays(step, rate, is_first):
     return jnp.where(is_first, parts.RESET, jnp.maximum(step * rate, xla.SMALLEST_LOG_DECAY) * parts.LOG2E)
 
 
-def _kinds(batch, length, documents, initial_document):
-    """[B, T] int32."""
-    if documents is None:
-        return jnp.full((batch, length), _TOKEN, jnp.int32)
+def _kinds(length, documents, initial_document):
+    """[B, length] int32, from [B, T]."""
     is_first = parts.begins(documents, initial_document)
-    return jnp.where(documents > 0, jnp.where(is_first, _FIRST, _TOKEN), _NOTHING)
+    kinds = jnp.where(documents > 0, jnp.where(is_first, _FIRST, _TOKEN), _NOTHING)
+    return jnp.pad(kinds, ((0, 0), (0, length - documents.shape[1])))
+
+
+def _token_until(length, chunk):
+    """Kinds [tokens, heads] of a chunk of one document."""
+    place = chunk * CHUNK + plgpu.broadcasted_iota(jnp.int32, (CHUNK, _HEADS), 0, layout=ROW_LAYOUT)
+    return jnp.where(place < length, _TOKEN, _NOTHING)
 
 
 def _sum_up(ref, value):

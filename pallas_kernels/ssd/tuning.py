@@ -16,6 +16,7 @@ GRADIENT_STATE = 128  # columns of a state whose gradient the registers hold; la
 _FEWEST_CHUNKS = 3  # of states over 128
 _SHORTEST_PIECE = 4  # chunks; a piece costs the reading and writing of a state, as much as 2 to 3 chunks of inputs
 _FIRST_PASS = 0.5  # time of a chunk in the first pass, in chunks of the second
+_EARLIER = 0.25  # and of the state that an earlier piece leaves: each piece reads those of all before it
 
 
 class Plan(NamedTuple):
@@ -70,15 +71,17 @@ def plan_of(x: Any, B: Any, *, interpret: bool) -> Plan:
 def _piece(chunks: int, thread_blocks: int) -> int:
     """The piece length that was measured, or else the one with the shortest schedule.
 
-    That is rounds of thread blocks on the multiprocessors, times the chunks of a thread block.
+    That is rounds of thread blocks on the multiprocessors, times the chunks of a thread block and the states that it
+    reads: those of a single round wait for the last piece.
     """
     if found := tuned("ssd piece", chunks, thread_blocks):
         return found[0]
 
     def time(piece):
         pieces = -(-chunks // piece)
-        rounds = lambda blocks: -(-blocks // MULTIPROCESSORS)
-        return piece * (rounds(pieces * thread_blocks) + _FIRST_PASS * rounds((pieces - 1) * thread_blocks))
+        first, second = (-(-n * thread_blocks // MULTIPROCESSORS) for n in (pieces - 1, pieces))
+        earlier = (pieces - 1) * (second + 1) / 2
+        return piece * (_FIRST_PASS * first + second) + _EARLIER * earlier
 
     candidates = {-(-chunks // pieces) for pieces in range(1, max(1, chunks // _SHORTEST_PIECE) + 1)}
     return min(sorted(candidates, reverse=True), key=time)

@@ -1,6 +1,7 @@
 """The ssd kernels compiled for an H100 at the shapes of published models, 8,192 tokens."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -65,6 +66,12 @@ def names(report):
 def test_heads_that_fill_the_gpu_need_no_first_pass():
     assert names(report("nano")) == ["ssd_piece_states", "ssd_scan", "ssd_steps"]
     assert names(report("ultra")) == names(report("nano-batch-of-8")) == ["ssd_scan", "ssd_steps"]
+
+
+@pytest.mark.parametrize("name", ["nano", "super", "ultra"])
+def test_nothing_runs_between_the_kernels(name):
+    found = re.findall(r" (copy|fusion|reduce|transpose|while)\(", report(name).hlo.partition("\nENTRY")[2])
+    assert not found
 
 
 @pytest.mark.parametrize("name", ["nano", "ultra"])

@@ -55,6 +55,20 @@ def test_scan_and_its_gradients():
     agree(found, pull("reference", exact(values)), 1e-2)
 
 
+@pytest.mark.parametrize("chunks, piece, faster", [(3, 1, 0.01), (6, 3, 8)], ids=["states-of-two", "end-unread"])
+def test_pieces(monkeypatch, chunks, piece, faster):
+    """A piece begins with the states of all before it; where decays are fast, not all chunks of a piece are read."""
+    monkeypatch.setattr(tuning, "_piece", lambda *_: piece)
+    values = arguments(64 * chunks)
+    values["A"] *= faster
+    kernels = ["ssd_steps", "ssd_piece_states", "ssd_scan"]
+    agree(
+        on_the_machine(functools.partial(scan, "mosaic_gpu"), values, kernels=kernels),
+        scan("reference", exact(values)),
+        1e-2,
+    )
+
+
 @pytest.mark.parametrize("sizes", [dict(width=80, heads=1), dict(state=128)], ids=["head-of-80", "state-of-128"])
 def test_documents_in_a_scan(sizes):
     """Pads on the left, a reset in mid-chunk."""

@@ -10,7 +10,7 @@ from kernel_cases import documents, fill_pads, random
 from ssd_cases import DOCUMENTS, NO_LIMIT, arguments, masked, short_pieces, without_races  # noqa: F401
 
 from pallas_kernels import choice
-from pallas_kernels.ssd import mosaic_gpu, reference, ssd, tuning
+from pallas_kernels.ssd import mosaic_gpu, mosaic_parts, mosaic_steps, reference, ssd, tuning
 
 # bfloat16 inputs are exact on both sides; the kernels round links, states and weighted inputs to 8 bits on their way
 # into a product, the result once more.
@@ -64,6 +64,14 @@ def test_more_chunks_than_slots():
     check(arguments(8 * 64 - 1))
 
 
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_a_piece_begins_with_what_all_earlier_ones_leave(monkeypatch, chunks):
+    """The first pieces still have a weight in the last one."""
+    monkeypatch.setattr(tuning, "_piece", lambda *_: chunks)
+    values = arguments(6 * 64 - 10)
+    check(values | dict(A=values["A"] / 100))
+
+
 SHAPES = {
     "one-head-a-group": dict(heads=1),
     "groups-and-batch": dict(batch=2, groups=2),
@@ -102,6 +110,33 @@ def test_extreme_steps():
     step = np.where(np.arange(140) % 50 < 3, 30.0, np.log(np.expm1(1e-3)))
     dt = jnp.broadcast_to(jnp.asarray(step, jnp.bfloat16)[None, :, None, None], (1, 140, 1, 2))
     check(values | dict(A=np.full((1, 2), -64, np.float32), dt_bias=np.zeros((1, 2), np.float32), dt=dt))
+
+
+FAST, SLOW = -1.0, -0.01  # rates at which tokens two chunks away have a weight of 2^-185 or 2^-1.8
+
+
+@pytest.mark.parametrize("rates", [(FAST, FAST), (FAST, SLOW)], ids=["both-heads-fast", "one-head-slow"])
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+def test_piece_states_read_no_token_whose_weight_is_zero(rates, reverse):
+    """There it is NaN: in the chunks of a piece that its end is furthest from."""
+    plan = tuning.Plan(chunks=8, piece=4, slots=3, heads=2, blocks=1, interpret=True)
+    values, chunk = arguments(8 * 64), np.arange(8 * 64) // 64 % 4
+    unread = (chunk >= 2 if reverse else chunk < 2) & (SLOW not in rates)
+    x = np.where(unread[None, :, None, None], np.nan, np.asarray(values["x"][:, :, 0], np.float32))
+    B = np.asarray(values["B"][:, :, 0], np.float32)
+    of_one = jnp.full((1, 8 * 64, 1, 2), np.log(np.expm1(1.0)), jnp.float32)
+    found = mosaic_steps.steps(of_one, jnp.array([rates]), jnp.zeros((1, 2)), NO_LIMIT, None, None, True)
+    run = functools.partial(mosaic_parts.piece_states, plan, reverse=reverse)
+    states, decays = without_races(run, jnp.asarray(x, jnp.bfloat16), values["B"], found)
+    # Seen from the end of the walk, token s of a piece is 255 - s or, with its own decay, s + 1 away.
+    tokens = slice(256, 512) if reverse else slice(0, 256)
+    away = np.arange(1, 257) if reverse else np.arange(255, -1, -1)
+    for head, rate in enumerate(rates):
+        kept = np.where(unread[tokens, None], 0, x[0, tokens, head] * np.exp(rate * away)[:, None])
+        wanted = kept.T @ B[0, tokens]
+        np.testing.assert_allclose(states[0, head, 0], wanted, rtol=0, atol=RELATIVE * np.abs(wanted).max())
+        whole = rate * 256 / np.log(2)
+        assert decays[0, head, 0] < -150 if whole < -150 else abs(decays[0, head, 0] - whole) < 1e-3
 
 
 def test_dt_limit():
