@@ -7,8 +7,8 @@ in chunks of 64 tokens, its state in registers.
      products over the tokens that have a weight at the piece's end.
   3. `_scan`: each piece from the state before it, the sum of what earlier ones leave, decayed. With a the running sum
      of the log decay inside a chunk,
-         links[l, s] = (C_l . B_s) exp(a_l - a_s) dt_s for s <= l, and D on the diagonal
-         y^T         = S C^T exp(a_l) + x^T links^T
+         links[l, s] = (C_l . B_s) exp(a_l - a_s) dt_s for s <= l
+         y^T         = S C^T exp(a_l) + x^T links^T + D x^T
          S           = exp(a_end) S + (x^T exp(a_end - a_s) dt_s) B
      One or two warpgroups load (TMA) and make the links of a head each: C B^T, then the decays. One or two others hold
      64 rows of a state each and run one chunk behind. S and x^T are operands in registers, so the only thing that
@@ -146,8 +146,8 @@ def _scan(plan, x, B, C, vectors, skip, before):
         earlier, (y, after, *scratch) = refs[: len(before)], refs[len(before) :]
         s, place, thread = _ScanScratch(*scratch), parts.Place(plan), lax.axis_index("thread")
         linkers = plan.heads
-        pl.when(thread < linkers)(lambda: _load_and_link(plan, place, thread, (x, B, C, vectors), skip, s))
-        pl.when(thread >= linkers)(lambda: _advance(plan, place, thread - linkers, earlier, y, after, s))
+        pl.when(thread < linkers)(lambda: _load_and_link(plan, place, thread, (x, B, C, vectors), s))
+        pl.when(thread >= linkers)(lambda: _advance(plan, place, thread - linkers, skip, earlier, y, after, s))
 
     after = jax.ShapeDtypeStruct((batch, heads, width, state_size), jnp.float32)
     out_type = (jax.ShapeDtypeStruct(x.shape, x.dtype), after)
@@ -160,10 +160,9 @@ def _take_registers(plan, role):
         plgpu.set_max_registers(tuning.REGISTERS[plan.heads][role], action=("decrease", "increase")[role])
 
 
-def _load_and_link(plan, place, head, inputs, skip, s):
+def _load_and_link(plan, place, head, inputs, s):
     """The first warpgroups: make the links of a head, chunk by chunk, and keep the slots filled between them."""
     _take_registers(plan, 0)
-    skip = skip[place.head + head]
 
     @pl.loop(0, jnp.minimum(plan.slots, place.chunks))
     def _(c):
@@ -173,7 +172,7 @@ def _load_and_link(plan, place, head, inputs, skip, s):
     def _(c):
         slot = lax.rem(c, plan.slots)
         plgpu.barrier_wait(s.loaded.at[slot])
-        _link(plan, skip, slot, head, s)
+        _link(plan, slot, head, s)
         plgpu.commit_smem()
         plgpu.barrier_arrive(s.linked.at[slot * plan.heads + head])
 
@@ -202,38 +201,36 @@ def _load_chunk(plan, place, head, c, x, B, C, vectors, s):
         parts.copy_vectors(plan, place, vectors, tokens, s.vectors.at[slot], copy)
 
 
-def _link(plan, skip, slot, head, s):
+def _link(plan, slot, head, s):
     """Everything about a head's chunk that follows from its decays; the links in parts, which take fewer registers."""
     vectors = s.vectors.at[slot, head]
     coarse, fine, step = parts.load_vectors(vectors, PER_ROW)
     s.into.at[slot, head][...] = jnp.exp2(coarse + fine)
     s.outof.at[slot, head][...] = parts.to_end(vectors, coarse, fine) * step
 
-    @pl.loop(0, CHUNK // plan.part)
-    def _(part):
-        first, shape = pl.multiple_of(part * plan.part, plan.part), (CHUNK, plan.part)
-        columns = pl.ds(first, plan.part)
+    for first in range(0, CHUNK, plan.part):
+        columns, shape = pl.ds(first, plan.part), (CHUNK, plan.part)
         scores = parts.product(shape, (s.C.at[slot], s.B.at[slot, columns].transpose((1, 0))))
         column_coarse, column_fine, column_step = parts.load_vectors(vectors.at[:, columns], PER_COLUMN)
         across, down = (lambda v: parts.across(v, plan.part)), parts.down
         pair = (across(coarse) - down(column_coarse)) + (across(fine) - down(column_fine))
         row, column = (plgpu.broadcasted_iota(jnp.int32, shape, i, layout=WGMMA) for i in (0, 1))
-        links = jnp.where(row >= column + first, scores * jnp.exp2(pair) * down(column_step), 0.0)
-        links += jnp.where(row == column + first, skip, 0.0)
+        # Not where(..., links, 0): the compiler would choose behind the conversion, with twice the instructions.
+        links = scores * down(column_step) * jnp.where(row >= column + first, jnp.exp2(pair), 0.0)
         s.links.at[slot, head, :, columns][...] = links.astype(jnp.bfloat16)
 
 
-def _advance(plan, place, lane, before, y, after, s):
+def _advance(plan, place, lane, skip, before, y, after, s):
     """The other warpgroups: 64 rows of a state, from chunk to chunk."""
     _take_registers(plan, 1)
     head, rows = lax.div(lane, plan.blocks), place.rows(lax.rem(lane, plan.blocks))
-    slabs = parts.slabs_of(after.shape[-1])
+    slabs, skip = parts.slabs_of(after.shape[-1]), skip[place.head + head]
 
     def chunk(c, state):
         slot = lax.rem(c, plan.slots)
         plgpu.barrier_wait(s.loaded.at[slot])
         plgpu.barrier_wait(s.linked.at[slot * plan.heads + head])
-        out, x = _outputs(state, slot, head, lane, slabs, s)
+        out, x = _outputs(state, skip, slot, head, lane, slabs, s)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         s.y.at[lane].transpose((1, 0))[...] = plgpu.layout_cast(out, plgpu.Layout.WGMMA_TRANSPOSED)
         plgpu.commit_smem()
@@ -254,7 +251,7 @@ def _advance(plan, place, lane, before, y, after, s):
     plgpu.wait_smem_to_gmem(0)
 
 
-def _outputs(state, slot, head, lane, slabs, s):
+def _outputs(state, skip, slot, head, lane, slabs, s):
     """y^T and x^T of one chunk, [64, 64] bfloat16. The state is a tuple of [64, 64] slabs."""
     spare = parts.spare_of(lane, s)
     C = (s.C.at[slot, :, slab].transpose((1, 0)) for slab in slabs)
@@ -262,5 +259,5 @@ def _outputs(state, slot, head, lane, slabs, s):
     carried = parts.product((ROWS, CHUNK), *pairs, spare=spare)
     x = parts.load_transposed(s.x.at[slot, lane])
     within = parts.product((ROWS, CHUNK), (x, s.links.at[slot, head].transpose((1, 0))), spare=spare)
-    y = carried * parts.down(plgpu.load(s.into.at[slot, head], layout=PER_COLUMN)) + within
+    y = carried * parts.down(plgpu.load(s.into.at[slot, head], layout=PER_COLUMN)) + (skip * x + within)
     return y.astype(jnp.bfloat16), x
