@@ -166,11 +166,10 @@ def _load_and_link(plan, place, head, inputs, s):
 
     @pl.loop(0, jnp.minimum(plan.slots, place.chunks))
     def _(c):
-        _load_chunk(plan, place, head, c, *inputs, s)
+        _load_chunk(plan, place, head, c, c, *inputs, s)
 
-    @pl.loop(0, place.chunks)
-    def _(c):
-        slot = lax.rem(c, plan.slots)
+    def chunk(c, slots):
+        before, slot = slots
         plgpu.barrier_wait(s.loaded.at[slot])
         _link(plan, slot, head, s)
         plgpu.commit_smem()
@@ -179,15 +178,18 @@ def _load_and_link(plan, place, head, inputs, s):
         # The slot of the chunk before is the next one to come free: the states run one chunk behind.
         @pl.when((c > 0) & (c - 1 + plan.slots < place.chunks))
         def _():
-            plgpu.barrier_wait(s.consumed.at[lax.rem(c - 1, plan.slots)])
-            _load_chunk(plan, place, head, c - 1 + plan.slots, *inputs, s)
+            plgpu.barrier_wait(s.consumed.at[before])
+            _load_chunk(plan, place, head, c - 1 + plan.slots, before, *inputs, s)
 
+        return slot, parts.following(plan, slot)
+
+    lax.fori_loop(0, place.chunks, chunk, (jnp.int32(plan.slots - 1), jnp.int32(0)))
     parts.drain(plan, place.chunks, s)
 
 
-def _load_chunk(plan, place, head, c, x, B, C, vectors, s):
+def _load_chunk(plan, place, head, c, slot, x, B, C, vectors, s):
     """The first of the linking warpgroups loads B and C, the last one the rest."""
-    slot, tokens = lax.rem(c, plan.slots), place.tokens(c)
+    tokens = place.tokens(c)
     copy = lambda source, target: plgpu.copy_gmem_to_smem(source, target, s.loaded.at[slot])
 
     @pl.when(head == 0)
@@ -204,44 +206,54 @@ def _load_chunk(plan, place, head, c, x, B, C, vectors, s):
 def _link(plan, slot, head, s):
     """Everything about a head's chunk that follows from its decays; the links in parts, which take fewer registers."""
     vectors = s.vectors.at[slot, head]
-    coarse, fine, step = parts.load_vectors(vectors, PER_ROW)
-    s.into.at[slot, head][...] = jnp.exp2(coarse + fine)
-    s.outof.at[slot, head][...] = parts.to_end(vectors, coarse, fine) * step
+    starts = range(0, CHUNK, plan.part)
 
-    for first in range(0, CHUNK, plan.part):
-        columns, shape = pl.ds(first, plan.part), (CHUNK, plan.part)
-        scores = parts.product(shape, (s.C.at[slot], s.B.at[slot, columns].transpose((1, 0))))
-        column_coarse, column_fine, column_step = parts.load_vectors(vectors.at[:, columns], PER_COLUMN)
-        across, down = (lambda v: parts.across(v, plan.part)), parts.down
-        pair = (across(coarse) - down(column_coarse)) + (across(fine) - down(column_fine))
-        row, column = (plgpu.broadcasted_iota(jnp.int32, shape, i, layout=WGMMA) for i in (0, 1))
-        # Not where(..., links, 0): the compiler would choose behind the conversion, with twice the instructions.
-        links = scores * down(column_step) * jnp.where(row >= column + first, jnp.exp2(pair), 0.0)
-        s.links.at[slot, head, :, columns][...] = links.astype(jnp.bfloat16)
+    def run(*scores):
+        columns = [pl.ds(first, plan.part) for first in starts]
+        for acc, part in zip(scores, columns, strict=True):
+            plgpu.wgmma(acc, s.C.at[slot], s.B.at[slot, part].transpose((1, 0)))
+        coarse, fine, step = parts.load_vectors(vectors, PER_ROW)
+        s.into.at[slot, head][...] = jnp.exp2(coarse + fine)
+        s.outof.at[slot, head][...] = parts.to_end(vectors, coarse, fine) * step
+        for first, acc, part in zip(starts, scores, columns, strict=True):
+            links = acc[...] * _decays(vectors, coarse, fine, first, part)
+            s.links.at[slot, head, :, part][...] = links.astype(jnp.bfloat16)
+
+    pl.run_scoped(run, *(plgpu.ACC((CHUNK, plan.part), jnp.float32) for _ in starts))
+
+
+def _decays(vectors, coarse, fine, first, columns):
+    """exp(a_l - a_s) dt_s for some columns s, the first of which is `first`."""
+    size = columns.size
+    column_coarse, column_fine, column_step = parts.load_vectors(vectors.at[:, columns], PER_COLUMN)
+    across, down = (lambda v: parts.across(v, size)), parts.down
+    pair = (across(coarse) - down(column_coarse)) + (across(fine) - down(column_fine))
+    row, column = (plgpu.broadcasted_iota(jnp.int32, (CHUNK, size), i, layout=WGMMA) for i in (0, 1))
+    return jnp.where(row >= column + first, jnp.exp2(pair), 0.0) * down(column_step)
 
 
 def _advance(plan, place, lane, skip, before, y, after, s):
     """The other warpgroups: 64 rows of a state, from chunk to chunk."""
     _take_registers(plan, 1)
     head, rows = lax.div(lane, plan.blocks), place.rows(lax.rem(lane, plan.blocks))
-    slabs, skip = parts.slabs_of(after.shape[-1]), skip[place.head + head]
+    slabs, skip = parts.slabs_of(after.shape[-1]), skip.at[place.head + head]
 
-    def chunk(c, state):
-        slot = lax.rem(c, plan.slots)
+    def chunk(c, carry):
+        slot, state = carry
         plgpu.barrier_wait(s.loaded.at[slot])
         plgpu.barrier_wait(s.linked.at[slot * plan.heads + head])
         out, x = _outputs(state, skip, slot, head, lane, slabs, s)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        s.y.at[lane].transpose((1, 0))[...] = plgpu.layout_cast(out, plgpu.Layout.WGMMA_TRANSPOSED)
+        s.y.at[lane].transpose((1, 0))[...] = out
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(s.y.at[lane], y.at[place.batch, place.tokens(c), place.head + head, rows])
         weights = plgpu.load(s.outof.at[slot, head], layout=PER_COLUMN)
         state = parts.next_state(state, x, weights, s.vectors.at[slot, head], s.B.at[slot], parts.spare_of(lane, s))
         plgpu.barrier_arrive(s.consumed.at[slot])
-        return state
+        return parts.following(plan, slot), state
 
     state = parts.state_before(place, place.head + head, rows, slabs, *before)
-    state = lax.fori_loop(0, place.chunks, chunk, state)
+    _, state = lax.fori_loop(0, place.chunks, chunk, (jnp.int32(0), state))
 
     @pl.when(place.piece == plan.pieces - 1)
     def _():
@@ -258,6 +270,7 @@ def _outputs(state, skip, slot, head, lane, slabs, s):
     pairs = ((v.astype(jnp.bfloat16), c) for v, c in zip(state, C, strict=True))
     carried = parts.product((ROWS, CHUNK), *pairs, spare=spare)
     x = parts.load_transposed(s.x.at[slot, lane])
-    within = parts.product((ROWS, CHUNK), (x, s.links.at[slot, head].transpose((1, 0))), spare=spare)
-    y = carried * parts.down(plgpu.load(s.into.at[slot, head], layout=PER_COLUMN)) + (skip * x + within)
+    # The skip is read here and not once: in a wide scan the registers are full.
+    others = carried * parts.down(plgpu.load(s.into.at[slot, head], layout=PER_COLUMN)) + skip[...] * x
+    y = parts.product((ROWS, CHUNK), (x, s.links.at[slot, head].transpose((1, 0))), initial=others, spare=spare)
     return y.astype(jnp.bfloat16), x

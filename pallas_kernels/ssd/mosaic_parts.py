@@ -274,6 +274,11 @@ def copy_vectors(plan, place, vectors, tokens, target, copy):
     copy(vectors.at[place.batch, pl.ds(place.head, plan.heads), :, tokens], target)
 
 
+def following(plan, slot):
+    """The slot of the next chunk."""
+    return jnp.where(slot == plan.slots - 1, 0, slot + 1)
+
+
 def drain(plan, chunks, s):
     """Waits for what is still in the slots."""
 
