@@ -1,7 +1,15 @@
-"""What the Hopper kernels share (Pallas, Mosaic GPU): work row by row in registers, and their launch."""
+"""What the Hopper kernels share (Pallas, Mosaic GPU): work row by row in registers, and their launch.
+
+**Early launch** (CUDA: programmatic dependent launch). Every kernel may be launched while the one before it still runs:
+its thread blocks come to lie on multiprocessors that have become free, set up their barriers, and wait for the end of
+all that is earlier. What it costs to start a kernel then passes while the one before it ends. It is safe after and
+before kernels of any origin: nothing of memory is read or written before the wait, and the wait is for the memory of
+whole kernels, whenever these let others start.
+"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -53,6 +61,21 @@ def softplus(a: Any) -> Any:
     return jnp.maximum(a, 0.0) + 2.0 * q * series
 
 
+EARLY = True  # whether kernels are launched early; the interpreter does not know of it
+
+
+def early(body: Callable) -> Callable:
+    """The body of a kernel that is launched early, and lets the next one be."""
+
+    @functools.wraps(body)
+    def waiting(*refs: Any) -> None:
+        plgpu.griddepcontrol_wait()
+        plgpu.griddepcontrol_launch_dependents()
+        body(*refs)
+
+    return waiting if EARLY else body
+
+
 def launch(
     body: Callable,
     name: str,
@@ -74,7 +97,7 @@ def launch(
     """
     body.__name__ = name
     return plgpu.kernel(
-        body,
+        body if interpret else early(body),
         out_type=out_type,
         grid=tuple(grid.values()),
         grid_names=tuple(grid),
@@ -98,7 +121,7 @@ def in_place(
     )
 
     def scoped(*refs: Any) -> None:
-        pl.run_scoped(lambda *more: body(*refs, *more), *scratch, collective_axes="thread")
+        pl.run_scoped(lambda *more: early(body)(*refs, *more), *scratch, collective_axes="thread")
 
     parameters = plgpu.CompilerParams(approx_math=False, lowering_semantics=plgpu.LoweringSemantics.Lane)
     return pl.kernel(scoped, out_type, mesh=mesh, name=name, compiler_params=parameters)

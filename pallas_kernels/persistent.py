@@ -16,6 +16,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.mosaic import early
+
 SHARED_MEMORY = 232_448  # bytes that one thread block may use on an H100
 SMS = 132  # multiprocessors of an H100 or H200 SXM
 MATRIX_ROWS = 64  # rows of one wgmma
@@ -201,7 +203,7 @@ def launch(
     together = functools.partial(plgpu.ClusterBarrier, collective_axes=(PEER,))
     empty = plgpu.Barrier if blocks.cluster == 1 else together
     return plgpu.kernel(
-        unpacked,
+        early(unpacked),
         out_type=out,
         grid=(SMS // blocks.cluster,),
         grid_names=("block",),

@@ -47,6 +47,7 @@ def _touch_shared(team, place, size, mask, values=None):
 
 
 def _touch_global(team, place, size, mask, values=None):
+    team.touch_memory()
     warp, place = (team.warp_of, place) if mask is None else (team.warp_of[mask], place[mask])
     memory = team.block.cluster.memory
     offset, met = memory.find(place, size, values is not None)

@@ -56,6 +56,7 @@ class _Tile:
     """A box of an array and its place in shared memory."""
 
     def __init__(self, team: Team, pointer: int, corner: list[int], place: int) -> None:
+        team.touch_memory()
         number, offset = divmod(pointer - PARAMETER_BASE, PARAMETER_STRIDE)
         arguments = team.block.cluster.launch.arguments
         known = arguments[number] if 0 <= number < len(arguments) else None
@@ -228,6 +229,7 @@ def _store_bytes(instruction):
     def run(team, mask):
         to, start, sizes = target(team), place(team), np.broadcast_to(count(team), team.shape)
         for thread in np.flatnonzero(np.ones(team.size) if mask is None else mask):
+            team.touch_memory()
             size, warp = int(sizes[thread]), int(team.warp_of[thread])
             check_aligned(np.array([size]), _BULK_ALIGNED)
             first = int(team.block.shared.offsets(start[thread : thread + 1], _BULK_ALIGNED)[0])

@@ -94,6 +94,12 @@ class Deadlock(LawBroken):
     look_for = "a barrier that gets too few arrivals or bytes, or is waited for with the wrong parity"
 
 
+class TooEarly(LawBroken):
+    """A kernel that may start before earlier ones have ended touches memory before it has waited for them."""
+
+    look_for = "griddepcontrol.wait, which every thread has to execute before its first access"
+
+
 class PeerGone(LawBroken):
     """A block of a cluster has exited and another one still writes to its shared memory, or arrives there."""
 

@@ -228,6 +228,19 @@ def _shuffle(instruction):
     return run
 
 
+def _earlier_kernels(instruction):
+    """`griddepcontrol`: waits for them, or lets later ones start, of which this machine has none."""
+    if instruction.op not in ("griddepcontrol.wait", "griddepcontrol.launch_dependents"):
+        raise UnknownInstruction(f"the form {instruction.op}")
+
+    def run(team, mask):
+        if mask is not None:
+            raise Divergence("some threads of a team wait for earlier kernels")
+        team.has_waited |= instruction.op == "griddepcontrol.wait"
+
+    return run
+
+
 EFFECTS: dict[str, Any] = {
     "mbarrier": _mbarrier,
     "mapa": _map_address,
@@ -235,5 +248,6 @@ EFFECTS: dict[str, Any] = {
     "barrier": _cluster_barrier,
     "fence": _fence,
     "elect": _elect,
+    "griddepcontrol": _earlier_kernels,
     "shfl": _shuffle,
 }

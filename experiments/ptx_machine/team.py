@@ -10,7 +10,7 @@ import numpy as np
 from experiments.ptx_machine.barriers import Meeting, MemoryBarrier
 from experiments.ptx_machine.clocks import Clocks, Published
 from experiments.ptx_machine.launch import Launch
-from experiments.ptx_machine.laws import BadAddress, PeerGone, UnknownInstruction
+from experiments.ptx_machine.laws import BadAddress, PeerGone, TooEarly, UnknownInstruction
 from experiments.ptx_machine.memory import RANK_SHIFT, Global, Shared
 from experiments.ptx_machine.operands import NATURAL
 from experiments.ptx_machine.program import Program
@@ -60,6 +60,7 @@ class Cluster:
     Attributes:
       memory: global. copies: on their way into shared memory: functions that let one arrive.
       late_products, late_stores: whether their operands are read only when they are waited for.
+      early: whether the kernel may start before earlier ones have ended.
     """
 
     def __init__(self, program: Program, launch: Launch, memory: Global, first: tuple[int, int, int]) -> None:
@@ -71,6 +72,7 @@ class Cluster:
         self.meeting = Meeting()
         self.copies: list[Any] = []
         self.late_products = self.late_stores = True
+        self.early = any(instruction.op == "griddepcontrol.wait" for instruction in program.code)
         memory.next_cluster(self.clocks)
 
     def peer(self, team: Team, address: int) -> tuple[Block, int]:
@@ -90,6 +92,7 @@ class Team:
       products: those that run, with the number of their group. group: the open one's number, from 1.
       fenced: the arrays that registers held at the last wgmma.fence, or that a product put there since.
       stores: bulk stores by warp.
+      has_waited: for earlier kernels, if that is needed.
       priority: of its turn. waiting_for: what the instruction at `at` has arrived at already.
     """
 
@@ -107,6 +110,7 @@ class Team:
         self.waiting_for: int | None = None
         self.cluster_arrival: int | None = None
         self.told_of_barriers: Published | None = None
+        self.has_waited = not block.cluster.early
         self.priority = 0.0
         self.over = False
 
@@ -147,6 +151,15 @@ class Team:
             part.stores = {warp: queue for warp, queue in self.stores.items() if warp in part.warps}
             parts.append(part)
         return parts
+
+    def touch_memory(self) -> None:
+        """Before any access to global memory.
+
+        Raises:
+          TooEarly: an earlier kernel may still run.
+        """
+        if not self.has_waited:
+            raise TooEarly("memory is touched, and earlier kernels may still run")
 
     def comrades(self) -> list[Team]:
         """The teams of this one's warpgroup."""

@@ -18,6 +18,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.mosaic import early
+
 ROWS = 64  # of a warpgroup: the M of wgmma
 HEAD_DIM = 128
 LOG2E = math.log2(math.e)
@@ -179,7 +181,7 @@ def barriers(count, arrivals):
 def launch(body, out_type, scratch, grid, warpgroups):
     """A kernel of some consumer warpgroups and, last on axis `wg`, one producer."""
     return plgpu.kernel(
-        body,
+        early(body) if INTERPRET is None else body,
         out_type=out_type,
         scratch_types=[scratch],
         grid=tuple(grid.values()),

@@ -193,6 +193,24 @@ def test_a_bulk_store_lacks_something(missing, law):
         result(kernel(STORE.replace(missing, ""), 1))
 
 
+TOUCHES = {
+    "load": (1, "ld.global.b32 %r1, [%rd0];"),
+    "copy": (1, COPY),
+    "store": (0, OUT),
+    "bulk-store": (0, STORE),
+}
+
+
+@pytest.mark.parametrize("inputs, text", TOUCHES.values(), ids=TOUCHES)
+def test_a_kernel_that_starts_early_waits_before_it_touches_memory(inputs, text):
+    array = np.arange(192, dtype=np.uint32)
+    more = [Descriptor(Pointer(0), 4, (6, 32), (32, 1), (4, 32), 16)] * inputs
+    run = lambda text: result(kernel(text, inputs + 1, more=more), *[array] * inputs)
+    run("griddepcontrol.wait; griddepcontrol.launch_dependents;" + text)
+    with pytest.raises(laws.TooEarly):
+        run(text + "griddepcontrol.wait;")
+
+
 # ------------------------------------------------------------------------------------------------------- products
 
 ZEROS = " ".join(f"mov.b32 %r{16 + i}, 0;" for i in range(4))

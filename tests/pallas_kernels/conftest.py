@@ -9,9 +9,13 @@ def interpreter():
     """Every kernel of a module in the interpreter, with race detection, and nothing traced before."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
+    from pallas_kernels import mosaic
+
     jax.clear_caches()
-    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
-        yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mosaic, "EARLY", False)
+        with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+            yield
     jax.clear_caches()
 
 

@@ -10,7 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernel_cases import as_bfloat16, random
 from tiny import assert_close
 
-from pallas_kernels import persistent
+from pallas_kernels import mosaic, persistent
 from pallas_kernels.expert_mlp import (
     expert_mlp,
     gather_rows,
@@ -35,6 +35,7 @@ def interpreter():
     """
     jax.clear_caches()
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mosaic, "EARLY", False)
         patch.setattr(persistent, "SMS", 4)
         patch.setattr(tuning, "tile_rows", lambda rows, experts: 16 if rows <= SMALL else 64 if rows <= MEDIUM else 128)
         patch.setattr(tuning, "blocks", lambda rows, width, slots: tuning.Blocks(rows, 128, 3, 1 + (rows == 128)))

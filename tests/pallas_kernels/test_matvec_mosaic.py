@@ -8,7 +8,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernel_cases import as_bfloat16, random
 from tiny import assert_close
 
-from pallas_kernels import persistent
+from pallas_kernels import mosaic, persistent
 from pallas_kernels.matvec import dot_rows, mosaic_gpu, resident, tuning
 from pallas_kernels.matvec.mosaic_gpu import Factors, Stack
 from pallas_kernels.norm import Norm
@@ -22,6 +22,7 @@ def interpreter():
     """Three multiprocessors, so that each has several items."""
     jax.clear_caches()
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mosaic, "EARLY", False)
         patch.setattr(persistent, "SMS", 3)
         with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
             yield
