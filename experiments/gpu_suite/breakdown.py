@@ -17,7 +17,8 @@ MOST = 20  # kernels
 def kernels(run: Callable, *inputs: Any, calls: int = 1) -> list[dict[str, Any]]:
     """Name, launches and device seconds of the kernels that take longest, each for one of `calls` calls.
 
-    Kernels whose names differ by a number at the end count as one. Empty without a GPU.
+    Kernels whose names differ by a number at the end count as one. A kernel that is launched early counts from there:
+    its wait for the one before is in its seconds, and the sum may exceed the program's. Empty without a GPU.
     """
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
