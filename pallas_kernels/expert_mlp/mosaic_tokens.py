@@ -32,7 +32,7 @@ def _forward(x, up, down, ids, weights, shared=None, norm=None):
     ups, downs = [Stack(up, pairs)], [Stack(down, pairs)]
     if shared is not None:
         for stacks, matrix in zip((ups, downs), shared, strict=True):
-            stacks.append(Stack(matrix[None], jnp.zeros(1, jnp.int32)))
+            stacks.append(Stack(matrix[None]))
     factors, room = Factors(weights.reshape(-1), chosen), rows + -rows % TILE_ROWS
     hidden = matvec.rows_dot(ups, x, up.dtype, _relu_squared, factors, norm, room)
     return matvec.columns_dot(downs, hidden)[:rows]

@@ -47,11 +47,16 @@ class Stack(NamedTuple):
 
     Attributes:
       matrices: bfloat16 [E, F, L].
-      index: int32 [K]: which of them.
+      index: int32 [K]: which of them; None for the first alone. Then no load of a number precedes that of its weights.
     """
 
     matrices: jax.Array
-    index: jax.Array
+    index: jax.Array | None = None
+
+    @property
+    def pairs(self) -> int:
+        """K."""
+        return 1 if self.index is None else self.index.shape[0]
 
 
 class Factors(NamedTuple):
@@ -105,7 +110,7 @@ class _Places(NamedTuple):
     def of(cls, stacks: Sequence[Stack], size: int) -> _Places:
         """One number for every `size` rows."""
         each = [pl.cdiv(s.matrices.shape[1], size) for s in stacks]
-        counts = [n * s.index.shape[0] for n, s in zip(each, stacks, strict=True)]
+        counts = [n * s.pairs for n, s in zip(each, stacks, strict=True)]
         *first, total = itertools.accumulate(counts, initial=0)
         return cls(tuple(first), tuple(each), total)
 
@@ -115,7 +120,15 @@ class _Places(NamedTuple):
         pick = lambda values: sum(jnp.where(which == i, v, 0) for i, v in enumerate(values))
         local = number - pick(self.first)
         pair, rest = lax.div(local, pick(self.each)), lax.rem(local, pick(self.each))
-        return which, pair, pick([index[jnp.minimum(pair, index.shape[0] - 1)] for index in indices]), rest
+        matrix = lambda index: 0 if index is None else index[jnp.minimum(pair, index.shape[0] - 1)]
+        return which, pair, pick([matrix(index) for index in indices]), rest
+
+
+def _indices(stacks):
+    """The indices that there are, and a function that takes references to them: one for each stack, or None."""
+    given = [s.index is not None for s in stacks]
+    assign = lambda refs: [next(refs) if has else None for has in given]
+    return [s.index for s in stacks if s.index is not None], assign
 
 
 def _of(which, runs):
@@ -141,19 +154,21 @@ def rows_dot(
     stays = resident.fits(x, norm)
     x, norm = (resident.whole(x), norm) if stays else (pad_to(normalised(x, norm), 0), None)
     held = resident.scratch(x, norm) if stays else []
-    counts = [(s.index.shape[0], s.matrices.shape[1]) for s in stacks]
+    counts = [(s.pairs, s.matrices.shape[1]) for s in stacks]
     blocks = tuning.by_rows(counts, length, resident.nbytes(x, norm) if stays else None)
     places = _Places.of(stacks, blocks.columns)
+    indices, assign = _indices(stacks)
     values, sources = [] if factors is None else [factors.values], [x, *([] if norm is None else [norm.weight])]
 
     def matvec_rows(*refs):
         refs = iter(refs)
         take = lambda n: list(itertools.islice(refs, n))
-        indices, values_in, matrices, inputs = map(take, (count, len(values), count, len(sources)))
+        chosen = assign(refs)
+        values_in, matrices, inputs = map(take, (len(values), count, len(sources)))
         outs, (ring, slot), held = take(count), take(2), list(refs)
 
         def item_at(number):
-            which, pair, matrix, column = places.at(number, indices)
+            which, pair, matrix, column = places.at(number, chosen)
             return _Item(column, length // blocks.depth, which=which, pair=pair, matrix=matrix)
 
         def load(item, k, slot, full):
@@ -179,8 +194,8 @@ def rows_dot(
         prepare = [lambda: resident.fill(inputs, *held, norm)] if stays else []
         persistent.run(ring, places.total, item_at, load, product, finish, blocks, *prepare)
 
-    out = tuple(jax.ShapeDtypeStruct((s.index.shape[0], wanted, s.matrices.shape[1]), dtype) for s in stacks)
-    operands = (*(s.index for s in stacks), *values, *(s.matrices for s in stacks), *sources)
+    out = tuple(jax.ShapeDtypeStruct((s.pairs, wanted, s.matrices.shape[1]), dtype) for s in stacks)
+    operands = (*indices, *values, *(s.matrices for s in stacks), *sources)
     stage = None if stays else (MATRIX_ROWS, blocks.depth), (blocks.columns, blocks.depth)
     scratch = [_slot(blocks, dtype), *held]
     return list(persistent.launch(matvec_rows, operands, out, blocks, stage, scratch, exact_layouts=True))
@@ -212,11 +227,13 @@ def columns_dot(stacks: Sequence[Stack], hidden: Sequence[jax.Array]) -> jax.Arr
     places = _Places.of(stacks, DEPTH)
     blocks = tuning.by_columns(places.total, width)
     columns, share = pl.cdiv(width, blocks.columns), pl.cdiv(places.total, blocks.parts)
+    indices, assign = _indices(stacks)
 
     def matvec_columns(*refs):
         refs = iter(refs)
         take = lambda n: list(itertools.islice(refs, n))
-        indices, matrices, hidden, (out, ring, slot) = map(take, (count, count, count, 3))
+        chosen = assign(refs)
+        matrices, hidden, (out, ring, slot) = map(take, (count, count, 3))
 
         def item_at(number):
             part, column = lax.div(number, columns), lax.rem(number, columns)
@@ -224,7 +241,7 @@ def columns_dot(stacks: Sequence[Stack], hidden: Sequence[jax.Array]) -> jax.Arr
             return _Item(column, steps, part=part)
 
         def load(item, k, slot, full):
-            which, pair, matrix, step = places.at(item.part * share + k, indices)
+            which, pair, matrix, step = places.at(item.part * share + k, chosen)
             tile = ring.a.at[slot, pl.ds(0, rows)]
 
             def copy(hidden, weights):
@@ -244,7 +261,7 @@ def columns_dot(stacks: Sequence[Stack], hidden: Sequence[jax.Array]) -> jax.Arr
         persistent.run(ring, columns * blocks.parts, item_at, load, product, finish, blocks)
 
     out = jax.ShapeDtypeStruct((blocks.parts, rows, width), jnp.float32)
-    operands = (*(s.index for s in stacks), *(s.matrices for s in stacks), *hidden)
+    operands = (*indices, *(s.matrices for s in stacks), *hidden)
     stage = (MATRIX_ROWS, DEPTH), (DEPTH, blocks.columns)
     slot = _slot(blocks, jnp.float32)
     parts = persistent.launch(matvec_columns, operands, out, blocks, stage, [slot], exact_layouts=True)
@@ -290,7 +307,7 @@ def dot_rows(x, weights, dtype, norm):
     """See `api.dot_rows`."""
 
     def run(x, weights, norm):
-        stacks = [Stack(w[None], jnp.zeros(1, jnp.int32)) for w in weights]
+        stacks = [Stack(w[None]) for w in weights]
         return [y[0] for y in rows_dot(stacks, x, dtype, norm=norm)]
 
     return with_gradient_of(lambda x, weights, norm: xla.dot_rows(x, weights, dtype, norm), run)(x, weights, norm)

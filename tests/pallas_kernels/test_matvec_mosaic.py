@@ -35,9 +35,13 @@ def exact(a):
 
 def made_of(stacks, columns):
     return [
-        Stack(as_bfloat16(random(i, matrices, rows, columns)), np.array(chosen, np.int32))
+        Stack(as_bfloat16(random(i, matrices, rows, columns)), None if chosen is None else np.array(chosen, np.int32))
         for i, (matrices, chosen, rows) in enumerate(stacks)
     ]
+
+
+def chosen_of(stack):
+    return exact(stack.matrices)[[0] if stack.index is None else stack.index]
 
 
 # rows of x, columns, and (matrices, chosen ones, rows of a matrix) of each stack
@@ -46,6 +50,8 @@ CASES = {
     "one-block-in-all": (1, 64, [(1, [0], 16)]),
     "a-matrix-twice": (1, 64, [(4, [3, 0, 3], 48)]),
     "two-stacks": (1, 192, [(4, [3, 0], 72), (1, [0], 200)]),
+    "the-first-of-a-stack": (1, 64, [(2, None, 72)]),
+    "experts-and-a-shared-one": (2, 192, [(4, [3, 0, 1, 3], 72), (1, None, 200)]),
     "three-stacks": (1, 64, [(1, [0], 128), (1, [0], 16), (1, [0], 16)]),
     "parts-of-blocks": (1, 192, [(2, [1, 0], 40), (1, [0], 88)]),
     "several-rows": (5, 64, [(3, [2, 0, 1], 40)]),
@@ -57,13 +63,13 @@ CASES = {
 @pytest.mark.parametrize("scaled", [False, True], ids=["plain", "squares-times-factors"])
 def test_rows_dot(rows, columns, stacks, scaled, races_found):
     x, made = as_bfloat16(random(0, rows, columns)), made_of(stacks, columns)
-    count = len(made[0].index)
+    count = made[0].pairs
     each = -(-count // rows)
     factors, own = random(9, count), np.arange(count)[:, None] // each == np.arange(rows)
     more = (jnp.square, Factors(jnp.asarray(factors), each)) if scaled else ()
     outs = jax.jit(lambda stacks, x: mosaic_gpu.rows_dot(stacks, x, jnp.float32, *more))(made, x)
     for i, (stack, y) in enumerate(zip(made, outs, strict=True)):
-        expected = np.einsum("kfl,rl->krf", exact(stack.matrices)[stack.index], exact(x)) ** (2 if scaled else 1)
+        expected = np.einsum("kfl,rl->krf", chosen_of(stack), exact(x)) ** (2 if scaled else 1)
         if scaled and i == 0:
             expected = expected * exact(np.where(own, factors[:, None], 0.0))[..., None]
         assert y.shape == expected.shape
@@ -133,9 +139,9 @@ def test_columns_dot(rows, columns, stacks, parts, races_found, monkeypatch):
     monkeypatch.setattr(tuning, "by_columns", lambda steps, width: tuning.Blocks(64, 64, 3, parts))
     stacks = [(matrices, chosen, n + -n % 64) for matrices, chosen, n in stacks]
     made = made_of(stacks, columns)
-    hidden = [as_bfloat16(random(7 + i, len(chosen), rows, n)) for i, (_, chosen, n) in enumerate(stacks)]
+    hidden = [as_bfloat16(random(7 + i, s.pairs, rows, s.matrices.shape[1])) for i, s in enumerate(made)]
     y = jax.jit(lambda stacks, hidden: mosaic_gpu.columns_dot(stacks, [pad_to(h, 1) for h in hidden]))(made, hidden)
-    terms = (np.einsum("krf,kfl->rl", exact(h), exact(s.matrices)[s.index]) for h, s in zip(hidden, made, strict=True))
+    terms = (np.einsum("krf,kfl->rl", exact(h), chosen_of(s)) for h, s in zip(hidden, made, strict=True))
     assert_close(y[:rows], sum(terms), 1e-6)
     assert not races_found()
 
