@@ -64,11 +64,15 @@ def softplus(a: Any) -> Any:
 EARLY = True  # whether kernels are launched early; the interpreter does not know of it
 
 
-def early(body: Callable) -> Callable:
-    """The body of a kernel that is launched early, and lets the next one be."""
+def early(body: Callable, before: Callable = lambda *refs: None) -> Callable:
+    """The body of a kernel that is launched early, and lets the next one be.
+
+    before: gets the same references before the wait, and may bring what they hold into the L2, no nearer.
+    """
 
     @functools.wraps(body)
     def waiting(*refs: Any) -> None:
+        before(*refs)
         plgpu.griddepcontrol_wait()
         plgpu.griddepcontrol_launch_dependents()
         body(*refs)

@@ -183,6 +183,7 @@ def launch(
     scratch: Sequence[Any],
     *,
     exact_layouts: bool = False,
+    before: Callable = lambda *refs: None,
 ) -> Any:
     """Runs `body(*operands, *out, ring, *scratch)` on every multiprocessor; in a cluster, blocks differ in `"peer"`.
 
@@ -190,6 +191,7 @@ def launch(
       out: shape and dtype of the result, or a tuple of such.
       tiles: shapes of both tiles of a stage, in bfloat16; None for a first operand that is not in the ring.
       exact_layouts: shared memory is laid out as it is declared; else the compiler may tile what is not.
+      before: see `mosaic.early`.
     """
     semantics = plgpu.LoweringSemantics.Lane if exact_layouts else plgpu.LoweringSemantics.Warpgroup
     parameters = plgpu.CompilerParams(lowering_semantics=semantics)
@@ -203,7 +205,7 @@ def launch(
     together = functools.partial(plgpu.ClusterBarrier, collective_axes=(PEER,))
     empty = plgpu.Barrier if blocks.cluster == 1 else together
     return plgpu.kernel(
-        early(unpacked),
+        early(unpacked, before),
         out_type=out,
         grid=(SMS // blocks.cluster,),
         grid_names=("block",),

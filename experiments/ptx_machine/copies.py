@@ -32,6 +32,7 @@ _TENSOR = re.compile(r"\[(%\w+),\s*(\{[^}]*\})\s*\]")
 _ALIGNED = 128  # of a tile in shared memory
 _BULK_ALIGNED = 16
 _LOAD = {"cp", "async", "bulk", "tensor", "shared::cluster", "global", "mbarrier::complete_tx::bytes"}
+_PREFETCH = {"cp", "async", "bulk", "prefetch", "tensor", "L2", "global", "tile"}
 _STORE = {"cp", "async", "bulk", "tensor", "global", "shared::cta", "bulk_group"}
 _DIMENSIONS = {f"{n}d" for n in range(1, 6)}
 
@@ -52,17 +53,21 @@ def _box(descriptor: Descriptor) -> tuple[np.ndarray, np.ndarray]:
     return index, np.array(descriptor.strides) @ index
 
 
+def _descriptor(team: Team, pointer: int) -> Descriptor:
+    number, offset = divmod(pointer - PARAMETER_BASE, PARAMETER_STRIDE)
+    arguments = team.block.cluster.launch.arguments
+    known = arguments[number] if 0 <= number < len(arguments) else None
+    if not isinstance(known, dict) or offset not in known:
+        raise BadAddress(f"no descriptor at {pointer:#x}")
+    return known[offset]
+
+
 class _Tile:
     """A box of an array and its place in shared memory."""
 
     def __init__(self, team: Team, pointer: int, corner: list[int], place: int) -> None:
         team.touch_memory()
-        number, offset = divmod(pointer - PARAMETER_BASE, PARAMETER_STRIDE)
-        arguments = team.block.cluster.launch.arguments
-        known = arguments[number] if 0 <= number < len(arguments) else None
-        if not isinstance(known, dict) or offset not in known:
-            raise BadAddress(f"no descriptor at {pointer:#x}")
-        d = self.descriptor = known[offset]
+        d = self.descriptor = _descriptor(team, pointer)
         index, distance = _box(d)
         corner = np.array(corner[::-1])
         inside = ((index + corner[:, None] >= 0) & (index + corner[:, None] < np.array(d.shape)[:, None])).all(axis=0)
@@ -128,6 +133,19 @@ def _tensor(instruction: Instruction, text: str):
 def _check_form(instruction, known):
     if set(instruction.parts) - known - _DIMENSIONS:
         raise UnknownInstruction(f"the form {instruction.op}")
+
+
+def _prefetch(instruction):
+    """Into the L2, which this machine does not have: any memory may be named, at any time."""
+    _check_form(instruction, _PREFETCH)
+    tensor = _tensor(instruction, instruction.operands[0])
+
+    def run(team, mask):
+        pointer, _ = tensor(team)
+        for thread in np.flatnonzero(np.ones(team.size) if mask is None else mask):
+            _descriptor(team, int(pointer[thread]))
+
+    return run
 
 
 def _load(instruction):
@@ -286,6 +304,8 @@ def _copy(instruction: Instruction):
         raise UnknownInstruction(f"the form {instruction.op}")
     if parts[3] in ("commit_group", "wait_group"):
         return (_commit if parts[3] == "commit_group" else _wait)(instruction)
+    if parts[3] == "prefetch":
+        return _prefetch(instruction)
     if parts[3] == "tensor":
         return (_load if "mbarrier::complete_tx::bytes" in parts else _store)(instruction)
     return _store_bytes(instruction)

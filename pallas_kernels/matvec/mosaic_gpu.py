@@ -14,6 +14,10 @@ that two pairs (row, expert) chose is read by both, the second time out of L2. A
 matrix's rows, of a height at which the items fill all multiprocessors evenly. An item of `columns_dot` is 64 columns
 and a part of the sum over k and f; XLA adds the parts where it reads them.
 
+The kernel is launched early (`pallas_kernels/mosaic.py`). Before it waits for earlier kernels, each thread block asks
+for the first weights that it is sure to need, as many as its ring holds, into the L2: while experts are chosen, those
+of the shared one come. L2 and memory agree always, so weights that an earlier kernel still writes would be right too.
+
 **Roofline**, Nano, one token on an H100: the up projections of six experts and the shared one are 80 MB, 24 us, and so
 are the down projections; the input projection of a Mamba-2 layer is 55 MB, 17 us. What matters is bytes in flight: of
 weights, 55 to 164 KB a multiprocessor.
@@ -21,6 +25,7 @@ weights, 55 to 164 KB a multiprocessor.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -151,9 +156,8 @@ def rows_dot(
     norm: of x, if it has to be normalised first. rows: of the result, at least R; those beyond are unspecified.
     """
     wanted, count, length = rows or x.shape[0], len(stacks), x.shape[1]
-    stays = resident.fits(x, norm)
-    x, norm = (resident.whole(x), norm) if stays else (pad_to(normalised(x, norm), 0), None)
-    held = resident.scratch(x, norm) if stays else []
+    x, norm, held = _taken(x, norm)
+    stays = bool(held)
     counts = [(s.pairs, s.matrices.shape[1]) for s in stacks]
     blocks = tuning.by_rows(counts, length, resident.nbytes(x, norm) if stays else None)
     places = _Places.of(stacks, blocks.columns)
@@ -175,8 +179,8 @@ def rows_dot(
             part = cut(k, blocks.depth)
             if not stays:
                 plgpu.copy_gmem_to_smem(inputs[0].at[:, part], ring.a.at[slot, pl.ds(0, x.shape[0])], full)
-            weights = lambda m: m.at[item.matrix, cut(item.column, blocks.columns), part]
-            _of(item.which, [lambda m=m: plgpu.copy_gmem_to_smem(weights(m), ring.b.at[slot], full) for m in matrices])
+            tile = lambda m: _tile(m, item.matrix, item.column, k, blocks)
+            _of(item.which, [lambda m=m: plgpu.copy_gmem_to_smem(tile(m), ring.b.at[slot], full) for m in matrices])
 
         def product(acc, slot, part, k):
             if stays:
@@ -198,7 +202,42 @@ def rows_dot(
     operands = (*indices, *values, *(s.matrices for s in stacks), *sources)
     stage = None if stays else (MATRIX_ROWS, blocks.depth), (blocks.columns, blocks.depth)
     scratch = [_slot(blocks, dtype), *held]
-    return list(persistent.launch(matvec_rows, operands, out, blocks, stage, scratch, exact_layouts=True))
+    begins = (*places.first, places.total)[count - _known(stacks)]
+    known = lambda refs: refs[len(indices) + len(values) :][:count]
+    fetch = lambda *refs: _fetch_known(known(refs), places, begins, blocks, length // blocks.depth)
+    launch = functools.partial(persistent.launch, exact_layouts=True, before=fetch)
+    return list(launch(matvec_rows, operands, out, blocks, stage, scratch))
+
+
+def _taken(x, norm):
+    """Rows as a kernel takes them, the norm that is left to it, and what holds them there: nothing if it is the ring."""
+    if resident.fits(x, norm):
+        x = resident.whole(x)
+        return x, norm, resident.scratch(x, norm)
+    return pad_to(normalised(x, norm), 0), None, []
+
+
+def _tile(matrices, matrix, column, k, blocks):
+    return matrices.at[matrix, cut(column, blocks.columns), cut(k, blocks.depth)]
+
+
+def _known(stacks):
+    """How many of the stacks, at the end, have no index."""
+    return len(list(itertools.takewhile(lambda s: s.index is None, reversed(stacks))))
+
+
+def _fetch_known(matrices, places, begins, blocks, steps):
+    """The first weights that no other kernel has a say in, into the L2; items from `begins` on have such."""
+    block = lax.axis_index("block")
+    number = block + pl.cdiv(jnp.maximum(begins - block, 0), persistent.SMS) * persistent.SMS
+
+    @pl.when((number < places.total) & (lax.axis_index("thread") == blocks.consumers))
+    def _():
+        which, _, _, column = places.at(number, [None] * len(matrices))
+
+        @pl.loop(0, min(blocks.stages, steps))
+        def _(k):
+            _of(which, [lambda m=m: plgpu.async_prefetch(_tile(m, 0, column, k, blocks)) for m in matrices])
 
 
 def _multiply_resident(acc, tiles, weights, k):

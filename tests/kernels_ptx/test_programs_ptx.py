@@ -211,6 +211,14 @@ def test_a_kernel_that_starts_early_waits_before_it_touches_memory(inputs, text)
         run(text + "griddepcontrol.wait;")
 
 
+def test_what_goes_no_further_than_the_l2_may_be_fetched_before_that():
+    """Whatever the place in the array; but there has to be one."""
+    prefetch = f"{FIND} cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%rd11, {{0, 100}}]; griddepcontrol.wait;"
+    np.testing.assert_array_equal(loaded(prefetch + COPY), np.arange(192).reshape(6, 32)[1:5])
+    with pytest.raises(laws.BadAddress):
+        loaded(prefetch.replace("[%rd11", "[%rd1") + COPY)
+
+
 # ------------------------------------------------------------------------------------------------------- products
 
 ZEROS = " ".join(f"mov.b32 %r{16 + i}, 0;" for i in range(4))
