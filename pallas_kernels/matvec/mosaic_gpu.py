@@ -188,13 +188,8 @@ def rows_dot(
             else:
                 plgpu.wgmma(acc, ring.a.at[slot, part], ring.b.at[slot].transpose((1, 0)))
 
-        def finish(item, thread, top, acc):
-            y = activation(acc)
-            if factors is not None:
-                y = _own_rows(y, item, values_in[0], factors.each)
-            _put(y, slot)
-            _of(item.which, [lambda o=o: _send_rows(slot, o.at[item.pair], item.column * blocks.columns) for o in outs])
-
+        scale = lambda y, item: y if factors is None else _own_rows(y, item, values_in[0], factors.each)
+        finish = functools.partial(_finish_rows, lambda acc, item: scale(activation(acc), item), slot, outs)
         prepare = [lambda: resident.fill(inputs, *held, norm)] if stays else []
         persistent.run(ring, places.total, item_at, load, product, finish, blocks, *prepare)
 
@@ -210,7 +205,7 @@ def rows_dot(
 
 
 def _taken(x, norm):
-    """Rows as a kernel takes them, the norm that is left to it, and what holds them there: nothing if it is the ring."""
+    """Rows as a kernel takes them, the norm that is left to it, and what holds them: nothing where the ring does."""
     if resident.fits(x, norm):
         x = resident.whole(x)
         return x, norm, resident.scratch(x, norm)
@@ -246,6 +241,13 @@ def _multiply_resident(acc, tiles, weights, k):
     for i in range(each):
         part = weights.at[:, pl.ds(i * DEPTH, DEPTH)]
         plgpu.wgmma(acc, resident.operand(tiles, k * each + i), part.transpose((1, 0)))
+
+
+def _finish_rows(value, slot, outs, item, thread, top, acc):
+    """`value(acc, item)` to its place in the result of the item's stack."""
+    _put(value(acc, item), slot)
+    first = item.column * slot.shape[1]
+    _of(item.which, [lambda o=o: _send_rows(slot, o.at[item.pair], first) for o in outs])
 
 
 def _own_rows(y, item, values, each):
