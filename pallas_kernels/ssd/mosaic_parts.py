@@ -85,8 +85,8 @@ def running_sum(a, axis):
 
 
 def before_pieces(plan, x, B, steps, initial, reverse=False):
-    """What `state_before` takes: the state before the first piece, and `piece_states` if there are others."""
-    return initial, *(piece_states(plan, x, B, steps, reverse) if plan.pieces > 1 else ())
+    """What `state_before` takes: the state before the first piece, or `piece_states` if there are others."""
+    return piece_states(plan, x, B, steps, initial, reverse) if plan.pieces > 1 else (initial,)
 
 
 # Device side.
@@ -205,24 +205,21 @@ def has_weight(log_decay):
     return ~(log_decay <= _NO_WEIGHT)
 
 
-def state_before(place, head, rows, slabs, initial, states=None, decays=None):
-    """The state before a piece: what earlier pieces leave, from the last to the first of those that have a weight."""
+def state_before(place, head, rows, slabs, states, decays=None):
+    """The state before a piece: what all that is earlier leaves, from the last to the first that has a weight."""
     load = lambda ref: tuple(read(ref.at[rows, slab], WGMMA) for slab in slabs)
-    first = initial.at[place.batch, head]
-    if states is None:
-        return load(first)
+    states = states.at[place.batch, head]
+    if decays is None:
+        return load(states)
 
     def add(carry):
         q, rest, state = carry
         decay = decays[place.batch, head, q]
-        left = load(states.at[place.batch, head, q])
-        state = tuple(v + jnp.exp2(rest) * a for v, a in zip(state, left, strict=True))
+        state = tuple(v + jnp.exp2(rest) * a for v, a in zip(state, load(states.at[q]), strict=True))
         return q - 1, rest + decay, state
 
-    carry = place.piece - 1, jnp.float32(0.0), tuple(zeros() for _ in slabs)
-    _, rest, state = lax.while_loop(lambda carry: (carry[0] >= 0) & has_weight(carry[1]), add, carry)
-    at_first = lambda a: jnp.where(has_weight(rest), jnp.exp2(rest) * a, 0.0)
-    return tuple(v + at_first(a) for v, a in zip(state, load(first), strict=True))
+    carry = place.piece, jnp.float32(0.0), tuple(zeros() for _ in slabs)
+    return lax.while_loop(lambda carry: (carry[0] >= 0) & has_weight(carry[1]), add, carry)[2]
 
 
 def zeros():
@@ -316,8 +313,11 @@ def _walk_scratch(plan, state_size, keep):
     )
 
 
-def piece_states(plan, x, B, steps, reverse=False):
-    """What each piece but the last leaves if it starts from zero, [B, K, pieces - 1, P, N], and the log decay over it.
+def piece_states(plan, x, B, steps, initial, reverse=False):
+    """What is before each piece: states [B, K, pieces, P, N] and log decays [B, K, pieces].
+
+    The first is the state `initial`, with a log decay of zero; each other one is what the piece before leaves if it
+    starts from zero, and the log decay over that piece.
 
     A piece is walked from its end: the weights of tokens are those at the end, and nothing but sums is left. Where all
     that is further away has weights of zero, the walk is over, and so is the log decay: what there is of it gives zero.
@@ -325,7 +325,7 @@ def piece_states(plan, x, B, steps, reverse=False):
     (batch, _, heads, width), state_size = x.shape, B.shape[-1]
     slabs = slabs_of(state_size)
 
-    def body(x, B, vectors, ends, states, decays, *scratch):
+    def body(x, B, vectors, ends, initial, states, decays, *scratch):
         s, place, thread = _WalkScratch(*scratch), Place(plan, reverse), lax.axis_index("thread")
         walk = functools.partial(_from_the_end, plan, place, ends)
 
@@ -340,19 +340,27 @@ def piece_states(plan, x, B, steps, reverse=False):
             head, rows = _lane(plan, place, lane)
             own = lambda rests: rests[0] if plan.heads == 1 else jnp.where(head == place.head, *rests)
 
+            def put(index, state, decay):
+                _store_state(states.at[place.batch, head, index, rows], slabs, state)
+                decays[place.batch, head, index] = decay
+
             def sum_up(*sums):
                 _, rests = walk(lambda i, _, rests: _accumulate(plan, lane, i, own(rests), sums, slabs, reverse, s))
-                _store_state(states.at[place.batch, head, place.piece, rows], slabs, [acc[...] for acc in sums])
-                decays[place.batch, head, place.piece] = own(rests)
+                put(place.piece + 1, [acc[...] for acc in sums], own(rests))
 
             pl.run_scoped(sum_up, *(plgpu.ACC((ROWS, ROWS), jnp.float32) for _ in slabs))
 
+            @pl.when(place.piece == 0)
+            def _():
+                first = initial.at[place.batch, head, rows]
+                put(0, [read(first.at[:, slab], WGMMA) for slab in slabs], jnp.float32(0.0))
+
     out_type = tuple(
-        jax.ShapeDtypeStruct((batch, heads, plan.pieces - 1, *n), jnp.float32) for n in ((width, state_size), ())
+        jax.ShapeDtypeStruct((batch, heads, plan.pieces, *n), jnp.float32) for n in ((width, state_size), ())
     )
     scratch = _walk_scratch(plan, state_size, keep=False)
     run = launch_walk(plan, body, "ssd_piece_states", x, plan.pieces - 1, out_type, scratch)
-    return run(x, B, *steps)
+    return run(x, B, *steps, initial)
 
 
 def _from_the_end(plan, place, ends, visit):

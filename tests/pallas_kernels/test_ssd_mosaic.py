@@ -127,16 +127,18 @@ def test_piece_states_read_no_token_whose_weight_is_zero(rates, reverse):
     of_one = jnp.full((1, 8 * 64, 1, 2), np.log(np.expm1(1.0)), jnp.float32)
     found = mosaic_steps.steps(of_one, jnp.array([rates]), jnp.zeros((1, 2)), NO_LIMIT, None, None, True)
     run = functools.partial(mosaic_parts.piece_states, plan, reverse=reverse)
-    states, decays = without_races(run, jnp.asarray(x, jnp.bfloat16), values["B"], found)
+    states, decays = without_races(run, jnp.asarray(x, jnp.bfloat16), values["B"], found, values["initial_state"][:, 0])
+    np.testing.assert_array_equal(states[:, :, 0], values["initial_state"][:, 0])
+    assert (decays[..., 0] == 0).all()
     # Seen from the end of the walk, token s of a piece is 255 - s or, with its own decay, s + 1 away.
     tokens = slice(256, 512) if reverse else slice(0, 256)
     away = np.arange(1, 257) if reverse else np.arange(255, -1, -1)
     for head, rate in enumerate(rates):
         kept = np.where(unread[tokens, None], 0, x[0, tokens, head] * np.exp(rate * away)[:, None])
         wanted = kept.T @ B[0, tokens]
-        np.testing.assert_allclose(states[0, head, 0], wanted, rtol=0, atol=RELATIVE * np.abs(wanted).max())
+        np.testing.assert_allclose(states[0, head, 1], wanted, rtol=0, atol=RELATIVE * np.abs(wanted).max())
         whole = rate * 256 / np.log(2)
-        assert decays[0, head, 0] < -150 if whole < -150 else abs(decays[0, head, 0] - whole) < 1e-3
+        assert decays[0, head, 1] < -150 if whole < -150 else abs(decays[0, head, 1] - whole) < 1e-3
 
 
 def test_dt_limit():
