@@ -3,8 +3,8 @@
 **Early launch** (CUDA: programmatic dependent launch). Every kernel may be launched while the one before it still runs:
 its thread blocks come to lie on multiprocessors that have become free, set up their barriers, and wait for the end of
 all that is earlier. What it costs to start a kernel then passes while the one before it ends. It is safe after and
-before kernels of any origin: nothing of memory is read or written before the wait, and the wait is for the memory of
-whole kernels, whenever these let others start.
+before kernels of any origin. Before the wait nothing is written, and nothing of memory comes nearer than the L2; the
+wait is for the memory of whole kernels, whenever these let others start.
 """
 
 from __future__ import annotations

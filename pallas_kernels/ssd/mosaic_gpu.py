@@ -204,7 +204,7 @@ def _load_chunk(plan, place, head, c, slot, x, B, C, vectors, s):
 
 
 def _link(plan, slot, head, s):
-    """Everything about a head's chunk that follows from its decays; the links in parts, which take fewer registers."""
+    """Everything about a head's chunk that follows from its decays; these in parts, which take fewer registers."""
     vectors = s.vectors.at[slot, head]
     starts = range(0, CHUNK, plan.part)
 
@@ -223,7 +223,11 @@ def _link(plan, slot, head, s):
 
 
 def _decays(vectors, coarse, fine, first, columns):
-    """exp(a_l - a_s) dt_s for some columns s, the first of which is `first`."""
+    """exp(a_l - a_s) dt_s for some columns s, the first of which is `first`, and zero for s > l.
+
+    Zeros here and not of the links, or the compiler would choose behind their conversion, with twice the instructions.
+    So a NaN in B reaches earlier tokens of its chunk too, as one in x does through x^T links^T.
+    """
     size = columns.size
     column_coarse, column_fine, column_step = parts.load_vectors(vectors.at[:, columns], PER_COLUMN)
     across, down = (lambda v: parts.across(v, size)), parts.down

@@ -323,7 +323,8 @@ def piece_states(plan, x, B, steps, initial, reverse=False):
     that is further away has weights of zero, the walk is over, and so is the log decay: what there is of it gives zero.
     """
     (batch, _, heads, width), state_size = x.shape, B.shape[-1]
-    slabs = slabs_of(state_size)
+    slabs, walked = slabs_of(state_size), plan.chunks if reverse else (plan.pieces - 1) * plan.piece
+    assert steps.ends.shape[1] >= walked, "a piece ends behind the last chunk"
 
     def body(x, B, vectors, ends, initial, states, decays, *scratch):
         s, place, thread = _WalkScratch(*scratch), Place(plan, reverse), lax.axis_index("thread")

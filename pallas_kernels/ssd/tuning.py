@@ -45,7 +45,7 @@ class Plan(NamedTuple):
 
     @property
     def part(self) -> int:
-        """Columns of the links that are made at a time: fewer where a warpgroup of few registers makes them."""
+        """Columns of the links whose decays are made at a time: fewer where a warpgroup of few registers makes them."""
         return CHUNK // self.heads
 
 
@@ -71,8 +71,8 @@ def plan_of(x: Any, B: Any, *, interpret: bool) -> Plan:
 def _piece(chunks: int, thread_blocks: int) -> int:
     """The piece length that was measured, or else the one with the shortest schedule.
 
-    That is rounds of thread blocks on the multiprocessors, times the chunks of a thread block and the states that it
-    reads: those of a single round wait for the last piece.
+    That is rounds of thread blocks on the multiprocessors, times the chunks of a thread block, and the earlier states
+    that it reads: half of them in the mean of each round, all of them in the last, which ends with the last piece.
     """
     if found := tuned("ssd piece", chunks, thread_blocks):
         return found[0]
