@@ -185,12 +185,13 @@ def _reach(documents, initial_document, lead, history):
     return jnp.where(documents > 0, jnp.where(from_earlier, history, before), -1)
 
 
-def _stored_length(plan, batch, length, groups):
-    """Tokens of an output in memory, whole tiles where rows of it may be one stretch of memory.
+def _stored_length(plan, length, groups):
+    """Tokens of an output in memory: whole tiles where a tile may be contiguous, with one group of 64 channels.
 
-    Of such a stretch the copy engine knows no rows: what is behind the end of one would go into the next.
+    Such a tile leaves as one linear copy, which is clipped at the end of the array, not of the row: what a last tile
+    has behind the end would go into the next row, of this batch or of one that `vmap` adds.
     """
-    return plan.tiles * plan.step if groups == 1 and batch > 1 else length
+    return plan.tiles * plan.step if groups == 1 else length
 
 
 def _launch(plan, name, body, inputs, others, out_type, scratch):
@@ -302,7 +303,7 @@ class _Scratch(NamedTuple):
 def _convolve(plan, inputs):
     """The parts, [B, T, G, size]."""
     batch, length, groups, _ = inputs.x.shape
-    stored, slots = _stored_length(plan, batch, length, groups), min(plan.piece, _SLOTS)
+    stored, slots = _stored_length(plan, length, groups), min(plan.piece, _SLOTS)
     scratch = _Scratch(_tiles(slots, HALO + TILE), _tiles(2, TILE), plgpu.Barrier(num_barriers=slots))
 
     def body(inputs, _, y, s):
@@ -355,7 +356,7 @@ def _gradients(plan, inputs, dy):
     """dx, [B, T, G, C]; the gradients of weights, oldest first, and bias, [W + 1, G, C] float32."""
     batch, length, groups, _ = inputs.x.shape
     taps, _, channels = inputs.taps.shape
-    stored, slots = _stored_length(plan, batch, length, groups), min(plan.piece, _SLOTS)
+    stored, slots = _stored_length(plan, length, groups), min(plan.piece, _SLOTS)
     scratch = _GradientScratch(
         x=_tiles(slots, HALO + TILE),
         dy=_tiles(slots, TILE),

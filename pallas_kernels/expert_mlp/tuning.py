@@ -12,6 +12,8 @@ from typing import ClassVar
 from pallas_kernels.persistent import DEPTH, MATRIX_ROWS, SHARED_MEMORY
 from pallas_kernels.tuned import tuned
 
+_MOST_STAGES = 8
+
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
@@ -51,10 +53,12 @@ def blocks(rows: int, width: int, slots: int) -> Blocks:
 
     slots: pieces of the result, 64 rows of 128 bytes, that each consumer holds beside the stages.
     """
-    columns, cluster = tuned("expert_mlp columns", rows, width) or _cut(rows, width)
+    # A copy has no index along an axis of one swizzled row: nothing may be behind the first.
+    one_slab = (DEPTH, 1) if width == DEPTH else None
+    columns, cluster = one_slab or tuned("expert_mlp columns", rows, width) or _cut(rows, width)
     results = Blocks(rows, columns, 0).consumers * MATRIX_ROWS * 128 * slots
     stage = 2 * DEPTH * (max(MATRIX_ROWS, rows) + columns)
-    return Blocks(rows, columns, min(8, (SHARED_MEMORY - 2048 - results) // stage), cluster)
+    return Blocks(rows, columns, min(_MOST_STAGES, (SHARED_MEMORY - 2048 - results) // stage), cluster)
 
 
 def _cut(rows, width):

@@ -38,7 +38,8 @@ def interpreter():
         patch.setattr(mosaic, "EARLY", False)
         patch.setattr(persistent, "SMS", 4)
         patch.setattr(tuning, "tile_rows", lambda rows, experts: 16 if rows <= SMALL else 64 if rows <= MEDIUM else 128)
-        patch.setattr(tuning, "blocks", lambda rows, width, slots: tuning.Blocks(rows, 128, 3, 1 + (rows == 128)))
+        patch.setattr(tuning, "_cut", lambda rows, width: (128, 1 + (rows == 128)))
+        patch.setattr(tuning, "_MOST_STAGES", 3)
         with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
             yield
     jax.clear_caches()
