@@ -99,7 +99,6 @@ def launch(
       interpret: on the CPU, with race detection.
       approximate: exponentials and roots by the special function unit, to 2^-22 or so. (Division always is.)
     """
-    body.__name__ = name
     return plgpu.kernel(
         body if interpret else early(body),
         out_type=out_type,
@@ -107,6 +106,7 @@ def launch(
         grid_names=tuple(grid),
         num_threads=threads,
         thread_name="thread",
+        kernel_name=name,
         scratch_types=list(scratch),
         compiler_params=plgpu.CompilerParams(approx_math=approximate, lowering_semantics=plgpu.LoweringSemantics.Lane),
         interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.causal_conv1d import mosaic_gpu, reference, xla
 from pallas_kernels.choice import choose, on_hopper
+from pallas_kernels.shapes import check_shapes
 
 IMPLEMENTATIONS = {
     "xla": xla.causal_conv1d,
@@ -53,7 +54,7 @@ def causal_conv1d(
     Raises:
       ValueError: shapes that do not belong together, or inputs that the named implementation does not support.
     """
-    batch, _, groups, width = x.shape
+    batch, length, groups, width = x.shape
     (_, channels, taps), sizes = weight.shape, tuple(parts or weight.shape[1:2])
     if weight.shape[0] != groups or not 0 <= first <= width - channels:
         at = f" from channel {first}" if first else ""
@@ -62,8 +63,13 @@ def causal_conv1d(
         raise ValueError(
             f"causal_conv1d: parts {sizes} are {sum(sizes)} channels, weight {weight.shape} has {channels}"
         )
-    if initial is not None and initial.shape != (batch, taps - 1, groups, channels):
-        raise ValueError(f"causal_conv1d: initial {initial.shape}, expected {(batch, taps - 1, groups, channels)}")
+    expected = {
+        "bias": (bias, (groups, channels)),
+        "initial": (initial, (batch, taps - 1, groups, channels)),
+        "documents": (documents, (batch, length)),
+        "initial_document": (initial_document, (batch,)),
+    }
+    check_shapes("causal_conv1d", expected)
     if documents is not None and initial_document is None:
         initial_document = jnp.zeros((batch,), documents.dtype)
     reason = mosaic_gpu.supports(x, weight, sizes)

@@ -12,10 +12,13 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import documents as docs
+from pallas_kernels.causal_conv1d import reference
 
 
 def causal_conv1d(x, weight, bias, initial, documents, initial_document, first, sizes):
     """See `api.causal_conv1d`; every argument is given except `bias`, `initial` and the two document arrays."""
+    if x.size == 0:
+        return reference.causal_conv1d(x, weight, bias, initial, documents, initial_document, first, sizes)
     y = outputs(x, weight, bias, initial, documents, initial_document, first, sizes)
     return y, inputs_after(x, weight, initial, documents, initial_document, first)
 

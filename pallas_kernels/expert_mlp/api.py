@@ -43,17 +43,15 @@ def gather_rows(
     """`x[index]`, as `expert_mlp` takes its rows; an index must exist.
 
     Args:
-      implementation: of `expert_mlp`. Its Hopper kernels have one for this too, for sizes that suit it.
+      implementation: as in `expert_mlp`.
 
     Raises:
-      ValueError: no implementation has that name.
+      ValueError: a named implementation that does not exist, or cannot run on such arrays.
     """
-    reason, plain = mosaic_gather.supports(x, index), mosaic_gather.plain
-    if implementation is None and on_hopper("gather_rows", reason):
-        return by_platform(mosaic_gather.gather, plain)(x, index)
-    kernel = mosaic_gather.gather if reason is None else plain
-    run = choose("gather_rows", {"xla": plain, "mosaic_gpu": kernel, "reference": plain}, implementation)
-    return run(x, index)
+    plain, kernel = mosaic_gather.plain, mosaic_gather.gather
+    implementations = {"xla": plain, "mosaic_gpu": kernel, "reference": plain}
+    refusals, best = {"mosaic_gpu": mosaic_gather.supports(x, index)}, by_platform(kernel, plain)
+    return choose("gather_rows", implementations, implementation, refusals, best)(x, index)
 
 
 def expert_mlp(
@@ -68,7 +66,8 @@ def expert_mlp(
     """`y[r] = weights[r] * relu(x[r] up[e]^T)^2 down[e]` with e the expert of row r.
 
     Args:
-      x: rows sorted by expert: the first `group_sizes[0]` belong to expert 0, and so on; R >= sum(group_sizes).
+      x: rows sorted by expert: the first `group_sizes[0]` belong to expert 0, and so on; R >= sum(group_sizes). For the
+        gradient all of them must be finite, also those that belong to none: they are multiplied by zeros.
       up: input vectors of the hidden units. down: output vectors of the same units.
       weights: router weight of each row, float32.
       group_sizes: rows of each expert; any may be 0.
@@ -119,7 +118,7 @@ def token_mlp(
     Raises:
       ValueError: shapes that do not belong together; a named implementation that cannot run on such arrays.
     """
-    fits = up.shape == down.shape and ids.shape == weights.shape and ids.shape[:1] == x.shape[:1]
+    fits = up.shape == down.shape and ids.shape == weights.shape and ids.shape[:1] == x.shape[:1] and ids.ndim == 2
     always = up if shared is None else shared[0]
     if not fits or not up.shape[2] == always.shape[-1] == x.shape[1] or (shared and always.shape != shared[1].shape):
         raise ValueError(

@@ -2,8 +2,8 @@
 
     y[i] = x[index[i]]
 
-A thread block moves whole rows through shared memory, a copy a row on the way in, one for `_TOGETHER` rows on the way
-out, `_AHEAD` groups of them ahead: nothing passes through registers.
+A thread block moves whole rows through shared memory, a copy a row on the way in, one for a group of up to 8 on the way
+out, `_AHEAD` groups ahead: nothing passes through registers.
 
 **Roofline**, Nano, 8,192 tokens on an H100: 49,152 rows of 2,688, 264 MB written, 79 us; x is read out of L2. XLA's
 gather takes 214 us.
@@ -20,8 +20,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.choice import with_gradient_of
 from pallas_kernels.mosaic import launch, too_old
 from pallas_kernels.persistent import DEPTH, SHARED_MEMORY, SMS
+from pallas_kernels.tiles import pad_to
 
-_TOGETHER = 8  # rows
 _SLOTS, _AHEAD = 4, 2  # groups in shared memory, and on their way in
 _WIDEST = 256  # of each dimension of a copy
 _ALIGN = 8  # elements of 16 bits, in the 16 bytes that TMA counts in
@@ -31,40 +31,46 @@ def supports(x: jax.Array, index: jax.Array) -> str | None:
     """Why the kernel cannot run on such arrays, or None if it can."""
     if x.dtype != jnp.bfloat16:
         return f"x is {x.dtype}, but must be bfloat16"
-    if index.shape[0] == 0 or index.shape[0] % _TOGETHER:
-        return f"{index.shape[0]} rows are asked for, which is not a positive multiple of {_TOGETHER}"
+    if index.shape[0] == 0 or x.shape[0] == 0:
+        return f"{index.shape[0]} of {x.shape[0]} rows are asked for"
     if x.shape[1] % DEPTH:
         return f"rows of {x.shape[1]} are no multiple of {DEPTH}"
-    if _SLOTS * _TOGETHER * 2 * x.shape[1] > SHARED_MEMORY - 2048:
-        return f"{_SLOTS * _TOGETHER} rows of {x.shape[1]} are too long for shared memory"
+    if not _together(x.shape[1]) or not _fold(x.shape[1]):
+        return f"rows of {x.shape[1]} are too long for shared memory or a copy"
     return too_old()
 
 
+def _together(width):
+    """Rows of a group: as many as shared memory holds, 0 where it does not hold the slots of one."""
+    return next((n for n in (8, 4, 2, 1) if _SLOTS * n * 2 * width <= SHARED_MEMORY - 2048), 0)
+
+
 def _fold(width):
-    """Columns of a row that is written as a matrix, for TMA: there are such for every width that fits."""
-    return next(n for n in range(_WIDEST, 0, -_ALIGN) if width % n == 0 and width // n <= _WIDEST)
+    """Columns of a row that is written as a matrix, for TMA; 0 where there are no such."""
+    return next((n for n in range(_WIDEST, 0, -_ALIGN) if width % n == 0 and width // n <= _WIDEST), 0)
 
 
 def _gather(x, index):
     """See above: x [R, L], index int32 [S] -> [S, L]."""
-    rows, (_, width) = index.shape[0], x.shape
-    folded = (width // _fold(width), _fold(width))
-    groups = rows // _TOGETHER
+    count, (_, width) = index.shape[0], x.shape
+    folded, together = (width // _fold(width), _fold(width)), _together(width)
+    index = pad_to(index, 0, together)
+    groups = index.shape[0] // together
 
     def gather_rows(x, index, out, slots, full):
         block = lax.axis_index("block")
         mine = lax.div(groups - block + SMS - 1, SMS)
-        first = lambda i: pl.multiple_of((block + i * SMS) * _TOGETHER, _TOGETHER)
+        first = lambda i: pl.multiple_of((block + i * SMS) * together, together)
 
         def fetch(i):
             slot = lax.rem(i, _SLOTS)
-            for r in range(_TOGETHER):
+            for r in range(together):
                 plgpu.copy_gmem_to_smem(x.at[index[first(i) + r]], slots.at[slot, r], full.at[slot])
 
         def send(i):
             slot = lax.rem(i, _SLOTS)
             plgpu.barrier_wait(full.at[slot])
-            plgpu.copy_smem_to_gmem(slots.at[slot], out.at[pl.ds(first(i), _TOGETHER)])
+            plgpu.copy_smem_to_gmem(slots.at[slot], out.at[pl.ds(first(i), together)])
 
         @pl.loop(0, mine + _AHEAD)
         def _(i):
@@ -76,12 +82,12 @@ def _gather(x, index):
         plgpu.wait_smem_to_gmem(0)
 
     scratch = [
-        plgpu.SMEM((_SLOTS, _TOGETHER, *folded), x.dtype),
-        plgpu.Barrier(num_arrivals=_TOGETHER, num_barriers=_SLOTS),
+        plgpu.SMEM((_SLOTS, together, *folded), x.dtype),
+        plgpu.Barrier(num_arrivals=together, num_barriers=_SLOTS),
     ]
-    out = jax.ShapeDtypeStruct((rows, *folded), x.dtype)
+    out = jax.ShapeDtypeStruct((index.shape[0], *folded), x.dtype)
     run = launch(gather_rows, "gather_rows", {"block": SMS}, 1, out, scratch)
-    return run(x.reshape(-1, *folded), index).reshape(rows, width)
+    return run(x.reshape(-1, *folded), index).reshape(-1, width)[:count]
 
 
 def plain(x, index):

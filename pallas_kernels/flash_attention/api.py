@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.choice import choose, on_hopper, target
 from pallas_kernels.flash_attention import cudnn, mosaic_gpu, reference, xla
+from pallas_kernels.shapes import check_shapes
 
 IMPLEMENTATIONS = {
     "xla": xla.flash_attention,
@@ -47,12 +48,18 @@ def flash_attention(
     Raises:
       ValueError: shapes that do not belong together; a named implementation that cannot run with these arrays.
     """
-    (batch, _, heads, width), groups = q.shape, k.shape[2]
-    if k.shape != v.shape or k.shape[0] != batch or k.shape[3] != width or heads % groups:
+    (batch, length, heads, width), (_, size, groups, _) = q.shape, k.shape
+    if k.shape != v.shape or k.shape[0] != batch or k.shape[3] != width or groups == 0 or heads % groups:
         raise ValueError(f"flash_attention: q {q.shape}, k {k.shape} and v {v.shape} do not fit together")
     if (documents is None) != (key_documents is None):
         raise ValueError("flash_attention: give both documents and key_documents, or neither")
-    refusals = {"mosaic_gpu": mosaic_gpu.supports(q, k), "cudnn": cudnn.supports(q, k, start, documents)}
+    expected = {
+        "start": (start, (batch,)),
+        "documents": (documents, (batch, length)),
+        "key_documents": (key_documents, (batch, size)),
+    }
+    check_shapes("flash_attention", expected)
+    refusals = {"mosaic_gpu": mosaic_gpu.supports(q, k, v), "cudnn": cudnn.supports(q, k, v, start, documents)}
     if start is None:
         start = jnp.zeros((batch,), jnp.int32)
     run = choose("flash_attention", IMPLEMENTATIONS, implementation, refusals)

@@ -6,12 +6,14 @@ import jax
 import jax.numpy as jnp
 
 
-def supports(q, k, start, documents) -> str | None:
+def supports(q, k, v, start, documents) -> str | None:
     """Why cuDNN cannot handle these arguments, or None. Whether it is installed shows when it is called."""
     if start is not None or documents is not None:
         return "its causal mask knows neither positions nor documents"
-    if q.dtype not in (jnp.bfloat16, jnp.float16) or q.dtype != k.dtype:
-        return f"q is {q.dtype} and k is {k.dtype}; both must be bfloat16 or float16"
+    if q.dtype not in (jnp.bfloat16, jnp.float16) or not q.dtype == k.dtype == v.dtype:
+        return f"q is {q.dtype}, k is {k.dtype} and v is {v.dtype}; all must be bfloat16 or all float16"
+    if q.size == 0 or k.size == 0:
+        return "there are no queries or no keys"
     if q.shape[-1] % 8 or q.shape[-1] > 128:
         return f"the head dimension is {q.shape[-1]}; it must be a multiple of 8 up to 128"
     return None

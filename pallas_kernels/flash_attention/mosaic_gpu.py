@@ -44,12 +44,14 @@ from pallas_kernels.tiles import pad_to
 NOTHING = -1e30
 
 
-def supports(q, k) -> str | None:
+def supports(q, k, v) -> str | None:
     """Why these arrays cannot be handled, or None. Shapes and dtypes only; the GPU is the caller's to know."""
     if q.shape[-1] != HEAD_DIM:
         return f"the head dimension is {q.shape[-1]}, not {HEAD_DIM}"
-    if q.dtype != jnp.bfloat16 or k.dtype != jnp.bfloat16:
-        return f"q is {q.dtype} and k is {k.dtype}; both must be bfloat16"
+    if any(a.dtype != jnp.bfloat16 for a in (q, k, v)):
+        return f"q is {q.dtype}, k is {k.dtype} and v is {v.dtype}; all must be bfloat16"
+    if q.size == 0 or k.size == 0:
+        return "there are no queries or no keys"
     return too_old()
 
 
@@ -225,7 +227,7 @@ def _softmax_loop(wg, low, high, is_whole, s, blocks, scale):
     pl.when(wg == 1)(pass_turn)
     m, l, o = lax.cond(low < high, walk, lambda: (*none_seen, parts.zeros(ROWS, HEAD_DIM)))
     pl.when(wg == 0)(await_turn)
-    seen = l > 0
+    seen = l != 0  # of NaN too: a row that meets one is NaN
     return o * parts.across(1 / jnp.where(seen, l, 1.0), o.shape), jnp.where(seen, (m + jnp.log2(l)) / LOG2E, -jnp.inf)
 
 

@@ -188,6 +188,7 @@ def launch(body, out_type, scratch, grid, warpgroups):
         grid_names=tuple(grid),
         num_threads=warpgroups + 1,
         thread_name="wg",
+        kernel_name=body.__name__,
         compiler_params=plgpu.CompilerParams(approx_math=True),
         **({} if INTERPRET is None else {"interpret": INTERPRET}),
     )

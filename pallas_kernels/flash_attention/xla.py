@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from pallas_kernels.flash_attention import reference
+
 QUERY_BLOCK = 256
 KEY_BLOCK = 256
 # One query is cheap to score, so decoding looks at more keys at a time.
@@ -21,6 +23,8 @@ DECODE_KEY_BLOCK = 2048
 
 def flash_attention(q, k, v, start, documents, key_documents):
     """See `api.flash_attention`."""
+    if q.size == 0 or k.size == 0:
+        return reference.flash_attention(q, k, v, start, documents, key_documents)
     query = rearrange(q * q.shape[-1] ** -0.5, "b t (g h) p -> b g h t p", g=k.shape[2])
     out, lse = _attend(query, k, v, start, documents, key_documents)
     return rearrange(out, "b g h t p -> b t (g h) p").astype(q.dtype), rearrange(lse, "b g h t -> b t (g h)")

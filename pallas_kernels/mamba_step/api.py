@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.causal_conv1d import xla as conv
 from pallas_kernels.choice import by_platform, choose
 from pallas_kernels.mamba_step import mosaic_gpu, reference, xla
+from pallas_kernels.shapes import check_shapes
 
 IMPLEMENTATIONS = {"xla": xla.mamba_step, "mosaic_gpu": mosaic_gpu.mamba_step, "reference": reference.mamba_step}
 
@@ -57,14 +58,13 @@ def mamba_step(
         "projected": (projected, (batch, groups, channels + heads * width + heads)),
         "conv_state": (conv_state, (batch, taps - 1, groups, channels)),
         "conv_weight": (conv_weight, (groups, channels, taps)),
+        "conv_bias": (conv_bias, (groups, channels)),
     }
-    for name, (array, shape) in expected.items():
-        if array.shape != shape:
-            raise ValueError(
-                f"mamba_step: {name} {array.shape} does not fit ssm_state {ssm_state.shape}, expected {shape}"
-            )
-    arrays = (projected, conv_state, ssm_state, conv_weight, conv_bias, A_log, D, dt_bias)
+    expected |= {name: (a, (groups, heads)) for name, a in (("A_log", A_log), ("D", D), ("dt_bias", dt_bias))}
     rows = (documents, initial_document, place)
+    expected |= {name: (a, (batch,)) for name, a in zip(("documents", "initial_document", "place"), rows, strict=True)}
+    check_shapes("mamba_step", expected)
+    arrays = (projected, conv_state, ssm_state, conv_weight, conv_bias, A_log, D, dt_bias)
     refusals = {"mosaic_gpu": mosaic_gpu.supports(projected, ssm_state)}
     run = choose("mamba_step", IMPLEMENTATIONS, implementation, refusals, _best)
     gated, squares, after = run(*arrays, dt_limit, rows)

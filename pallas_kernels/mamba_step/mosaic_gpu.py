@@ -54,6 +54,8 @@ def supports(projected: jax.Array, ssm_state: jax.Array) -> str | None:
         return (
             f"projected is {projected.dtype} and ssm_state {ssm_state.dtype}, not bfloat16 and a float of 32 or 16 bits"
         )
+    if ssm_state.size == 0:
+        return "there are no rows"
     if width % _ROWS or 2 * size % _CHANNELS or size > _MOST_COLUMNS:
         multiple, most = f"{_ROWS} x {_CHANNELS // 2}", _MOST_COLUMNS
         return f"a head of {width} x {size} is no multiple of {multiple}, or has over {most} columns"

@@ -39,7 +39,7 @@ def dot_rows(
     Raises:
       ValueError: shapes that do not belong together; a named implementation that cannot run on such arrays.
     """
-    if not weights or any(w.ndim != 2 or w.shape[1] != x.shape[1] for w in weights):
+    if not weights or x.ndim != 2 or any(w.ndim != 2 or w.shape[1] != x.shape[1] for w in weights):
         raise ValueError(f"dot_rows: x {x.shape} and weights {[w.shape for w in weights]} do not fit together")
     if norm is not None:
         norm.check(x, "dot_rows")

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.choice import choose
 from pallas_kernels.router import mosaic_gpu, reference, xla
+from pallas_kernels.shapes import check_shapes
 
 IMPLEMENTATIONS = {
     "xla": xla.choose_experts,
@@ -54,15 +55,21 @@ def choose_experts(
         (`pallas_kernels.choice`).
 
     Returns:
-      ids, best first, int32; weights, float32. In a row of NaN the weights are NaN, and the ids are of experts that
-      exist.
+      ids, best first, int32; weights, float32. Of a row with a NaN all weights are NaN, and the ids are of experts that
+      exist, perhaps of one several times.
 
     Raises:
       ValueError: sizes that do not belong together; a named implementation that cannot run on such arrays.
     """
     experts = logits.shape[1]
-    if not 0 < rule.chosen <= experts or experts % rule.groups or not 0 < rule.kept <= rule.groups:
-        raise ValueError(f"choose_experts: {experts} experts do not fit {rule}")
+    if not 0 < rule.kept <= rule.groups or experts % rule.groups:
+        raise ValueError(
+            f"choose_experts: {experts} experts in {rule.groups} groups, of which {rule.kept} are kept: groups must be "
+            f"equally large, and 1 to all of them kept"
+        )
+    if not 0 < rule.chosen <= experts:
+        raise ValueError(f"choose_experts: {rule.chosen} of {experts} experts are to be chosen")
+    check_shapes("choose_experts", {"bias": (bias, (experts,))})
     refusals = {"mosaic_gpu": mosaic_gpu.supports(logits)}
     run = choose("choose_experts", IMPLEMENTATIONS, implementation, refusals, _best)
-    return run(logits, bias, rule)
+    return run(logits, bias.astype(logits.dtype), rule)

@@ -18,7 +18,8 @@ def choose_experts(logits, bias, rule):
 
 
 def _weights(scores, ids, rule):
-    weights = jnp.take_along_axis(scores, ids, axis=-1)
+    unknown = jnp.isnan(scores).any(axis=-1, keepdims=True)
+    weights = jnp.take_along_axis(scores, ids, axis=-1) + jnp.where(unknown, jnp.nan, 0.0)
     if rule.normalise:
         weights = weights / (weights.sum(axis=-1, keepdims=True) + 1e-20)
     return weights * rule.scale

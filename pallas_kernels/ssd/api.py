@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import documents as docs
 from pallas_kernels.choice import choose, on_hopper
+from pallas_kernels.shapes import check_shapes
 from pallas_kernels.ssd import mosaic_gpu, reference, xla
 
 IMPLEMENTATIONS = {"xla": xla.ssd, "mosaic_gpu": mosaic_gpu.ssd, "reference": reference.ssd}
@@ -63,26 +64,35 @@ def ssd(
       ValueError: shapes that do not belong together, a chunk size below 1, or inputs that the named implementation
         does not support.
     """
-    batch, _, groups, heads, width = x.shape
-    state = (batch, groups, heads, width, B.shape[-1])
-    if dt.shape != x.shape[:4] or B.shape != C.shape or B.shape[:3] != x.shape[:3]:
-        raise ValueError(f"ssd: x {x.shape}, dt {dt.shape}, B {B.shape} and C {C.shape} do not fit together")
-    if chunk_size < 1:
-        raise ValueError(f"ssd: chunk_size must be at least 1, got {chunk_size}")
+    _check(x, dt, A, B, C, D, dt_bias, initial_state, documents, initial_document, chunk_size)
     if initial_state is None:
-        initial_state = jnp.zeros(state, jnp.float32)
-    if initial_state.shape != state:
-        raise ValueError(f"ssd: initial_state {initial_state.shape}, expected {state}")
+        initial_state = jnp.zeros((x.shape[0], *x.shape[2:], B.shape[-1]), jnp.float32)
     if documents is not None and initial_document is None:
-        initial_document = jnp.zeros((batch,), documents.dtype)
+        initial_document = jnp.zeros(documents.shape[:1], documents.dtype)
     if not finite_pads:
         x, B, C = docs.without_pads(documents, x, B, C)
+    A, D, dt_bias, initial_state = (a.astype(jnp.float32) for a in (A, D, dt_bias, initial_state))
     reason = mosaic_gpu.supports(x, B, C)
     run = choose("ssd", IMPLEMENTATIONS, implementation, {"mosaic_gpu": reason})
-    state = (initial_state.astype(jnp.float32), documents, initial_document)
+    state = (initial_state, documents, initial_document)
     if implementation is None and on_hopper("ssd", reason):
         return _by_platform(dt_limit, chunk_size, x, dt, A, B, C, D, dt_bias, *state)
     return run(x, dt, A, B, C, D, dt_bias, dt_limit, *state, chunk_size)
+
+
+def _check(x, dt, A, B, C, D, dt_bias, initial_state, documents, initial_document, chunk_size):
+    batch, length, groups, heads, width = x.shape
+    each, keys = (groups, heads), (batch, length, groups, B.shape[-1])
+    expected = {"dt": (dt, x.shape[:4]), "A": (A, each), "B": (B, keys), "C": (C, keys), "D": (D, each)}
+    expected |= {
+        "dt_bias": (dt_bias, each),
+        "initial_state": (initial_state, (batch, groups, heads, width, B.shape[-1])),
+        "documents": (documents, (batch, length)),
+        "initial_document": (initial_document, (batch,)),
+    }
+    check_shapes("ssd", expected)
+    if chunk_size < 1:
+        raise ValueError(f"ssd: chunk_size must be at least 1, got {chunk_size}")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -48,6 +48,8 @@ def supports(x: Any, B: Any, C: Any) -> str | None:
         return f"x, B and C must be bfloat16, got {x.dtype}, {B.dtype} and {C.dtype}"
     if state % ROWS or state > 256:
         return f"the state size must be 64, 128, 192 or 256, got {state}"
+    if x.size == 0:
+        return "there are no tokens"
     if x.shape[1] == 1:
         return "one token is one pass over the state in plain JAX too"
     return too_old()

@@ -34,6 +34,8 @@ SMALLEST_LOG_DECAY = -88.0
 def ssd(x, dt, A, B, C, D, dt_bias, dt_limit, initial_state, documents, initial_document, chunk_size):
     """See `api.ssd`; x, B and C are finite at pads."""
     length = x.shape[1]
+    if x.size == 0:
+        return x, initial_state
     dt = step_sizes(dt, dt_bias, dt_limit, documents)
     if documents is not None:
         documents = docs.current(documents, initial_document)

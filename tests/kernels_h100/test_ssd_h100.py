@@ -60,7 +60,7 @@ def check(kernel):
 
 
 def names(report):
-    return [kernel.name.removesuffix("_mosaic_gpu_kernel") for kernel in report.kernels]
+    return [kernel.name for kernel in report.kernels]
 
 
 def test_heads_that_fill_the_gpu_need_no_first_pass():

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from kernel_cases import as_bfloat16, random
 from ptx_cases import SCHEDULES, agree, exact, on_the_machine
 
@@ -42,6 +43,21 @@ def test_gradients_of_documents():
         run, inputs, *more, kernels=[FORWARD, "attention_merge", *GRADIENTS], schedules=SCHEDULES[:1]
     )
     agree(found, pull("reference", exact(inputs), *more), [1e-2, 1e-5, 1e-2, 1e-2, 1e-2])
+
+
+@pytest.mark.parametrize("queries", [1, 130], ids=["parts-of-a-cache", "tiles"])
+@pytest.mark.parametrize("place", [0, 1], ids=["in-a-query", "in-a-visible-key"])
+def test_a_nan_is_passed_on(queries, place):
+    """To out and to lse, whatever the other parts of a cache hold: none may take it for a part without keys."""
+    inputs = list(arguments(2, queries, 260, 2, 1))
+    inputs[place] = inputs[place].at[1, 0, 0, 3].set(jnp.nan)
+    start = jnp.array([100, 100], jnp.int32)
+    run = lambda name, *inputs: flash_attention(*inputs, start=start, implementation=name)
+    kernels = [FORWARD, "attention_merge"] if queries == 1 else [FORWARD]
+    machine = on_the_machine(functools.partial(run, "mosaic_gpu"), *inputs, kernels=kernels, schedules=SCHEDULES[:1])
+    for found, wanted in zip(machine[0], run("reference", *exact(inputs)), strict=True):
+        assert np.isnan(np.asarray(wanted[1, 0], np.float32)).any()
+        np.testing.assert_array_equal(np.isnan(np.asarray(found, np.float32)), np.isnan(np.asarray(wanted, np.float32)))
 
 
 def test_a_token_and_its_cache():

@@ -82,6 +82,19 @@ def test_documents_in_a_scan(sizes):
     agree([[y[docs > 0], state]], [wanted[docs > 0], last], 1e-2)
 
 
+def test_a_convolution_that_is_mapped():
+    """One row of 64 channels is contiguous, and so is what `vmap` puts behind it: a last tile must not reach there."""
+    x, weight = as_bfloat16(random(1, 2, 1, 40, 1, 64)), jnp.asarray(random(2, 1, 64, 4))
+
+    def pull(name, x):
+        run = lambda x: causal_conv1d(x, weight, implementation=name)[0].astype(jnp.float32)
+        return jax.vmap(jax.value_and_grad(lambda x: run(x).sum()))(x), jax.vmap(run)(x)
+
+    kernels = ["causal_conv1d", "causal_conv1d", "causal_conv1d_gradient"]
+    found = on_the_machine(functools.partial(pull, "mosaic_gpu"), x, kernels=kernels)
+    agree(found, pull("reference", exact(x)), [1e-2, 2**-7, 2**-7])
+
+
 def test_convolution_and_its_gradients():
     """Two tiles of tokens."""
     values = (

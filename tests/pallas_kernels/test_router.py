@@ -59,10 +59,12 @@ def test_gradient_is_that_of_the_weights():
 
 
 @pytest.mark.parametrize(
-    "rule", [Rule(9), Rule(0), Rule(2, groups=3), Rule(2, groups=2, kept=3)], ids=["many", "none", "groups", "kept"]
+    "rule",
+    [Rule(9), Rule(0), Rule(2, groups=0), Rule(2, groups=3), Rule(2, kept=0), Rule(2, groups=2, kept=3)],
+    ids=str,
 )
 def test_what_does_not_fit(rule):
-    with pytest.raises(ValueError, match="8 experts do not fit"):
+    with pytest.raises(ValueError, match="choose_experts: .*experts"):
         choose_experts(*cases.arguments(2, 8), rule)
 
 
