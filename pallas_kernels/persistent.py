@@ -19,6 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.mosaic import early
 
 SHARED_MEMORY = 232_448  # bytes that one thread block may use on an H100
+RESERVED = 2560  # bytes of it for barriers, and for what begins at multiples of 1,024
 SMS = 132  # multiprocessors of an H100 or H200 SXM
 MATRIX_ROWS = 64  # rows of one wgmma
 PEER = "peer"  # axis of the thread blocks of a cluster
@@ -83,27 +84,35 @@ def run(
     the tile; `finish(item, thread, top, acc)` stores the sums of 64 rows from `top` on. `prepare()` is what consumers
     do first, while the ring fills.
     """
-    block, thread = lax.axis_index("block"), lax.axis_index("thread")
-    blocks_in_all = SMS // blocks.cluster
-    mine = lax.div(count - block + blocks_in_all - 1, blocks_in_all)
-    at = lambda i: item_at(block + i * blocks_in_all)
-    consumers, stages = blocks.consumers, blocks.stages
+    thread, consumers = lax.axis_index("thread"), blocks.consumers
+    walk = functools.partial(_walk, count, SMS // blocks.cluster)
 
     @pl.when(thread == consumers)
     def _():
         plgpu.set_max_registers(_PRODUCER_REGISTERS, action="decrease")
-        _produce(ring, mine, at, load, stages)
+        _produce(ring, walk, item_at, load, blocks.stages)
 
     @pl.when(thread < consumers)
     def _():
         plgpu.set_max_registers(_CONSUMER_REGISTERS[consumers], action="increase")
         prepare()
-        _consume(ring, mine, at, product, finish, thread, blocks)
+        _consume(ring, walk, item_at, product, finish, thread, blocks)
 
 
-def _produce(ring, mine, item_at, load, stages):
-    def item_loads(i, step):
-        item = item_at(i)
+def _walk(count, stride, visit, step):
+    """`step = visit(number, step)` for the items of this thread block.
+
+    No `fori_loop`: of one, the compiler knows the rounds where they come out even, and unrolls all of them, for which
+    there are no registers.
+    """
+    start = (lax.axis_index("block"), step)
+    advance = lambda state: (state[0] + stride, visit(*state))
+    return lax.while_loop(lambda state: state[0] < count, advance, start)[1]
+
+
+def _produce(ring, walk, item_at, load, stages):
+    def item_loads(number, step):
+        item = item_at(number)
 
         def fetch(k, step):
             slot = lax.rem(step, stages)
@@ -117,7 +126,7 @@ def _produce(ring, mine, item_at, load, stages):
 
         return lax.fori_loop(0, item.steps, fetch, step)
 
-    steps = lax.fori_loop(0, mine, item_loads, 0)
+    steps = walk(item_loads, jnp.int32(0))
 
     # A block of a cluster must not end while another may still release a slot to it.
     @pl.loop(jnp.maximum(steps - stages, 0), steps)
@@ -125,9 +134,9 @@ def _produce(ring, mine, item_at, load, stages):
         plgpu.barrier_wait(ring.empty.at[lax.rem(step, stages)])
 
 
-def _consume(ring, mine, item_at, product, finish, thread, blocks):
-    def one(i, step):
-        item = item_at(i)
+def _consume(ring, walk, item_at, product, finish, thread, blocks):
+    def one(number, step):
+        item = item_at(number)
         slot_of = lambda k: lax.rem(step + k, blocks.stages)
         release = lambda k: plgpu.barrier_arrive(ring.empty.at[slot_of(k)])
         top = thread * MATRIX_ROWS
@@ -164,7 +173,7 @@ def _consume(ring, mine, item_at, product, finish, thread, blocks):
         lax.cond(item.end > top, compute, pass_on)
         return step + item.steps
 
-    lax.fori_loop(0, mine, one, 0)
+    walk(one, jnp.int32(0))
     plgpu.wait_smem_to_gmem(0)
 
 

@@ -75,6 +75,8 @@ def destination(instruction: Instruction, text: str) -> Callable[[Any, Any, Any]
 
     def put(team, value, mask):
         if value.dtype != dtype:
+            if value.dtype.kind in "iu" and value.dtype.itemsize < dtype.itemsize:
+                value = value.astype(f"{value.dtype.kind}{dtype.itemsize}")  # into a wider register, with its sign
             value = value.view(dtype)
         if value.shape != team.shape:
             value = np.broadcast_to(value, team.shape).copy()

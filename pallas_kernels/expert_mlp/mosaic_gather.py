@@ -19,7 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.choice import with_gradient_of
 from pallas_kernels.mosaic import launch, too_old
-from pallas_kernels.persistent import DEPTH, SHARED_MEMORY, SMS
+from pallas_kernels.persistent import DEPTH, RESERVED, SHARED_MEMORY, SMS
 from pallas_kernels.tiles import pad_to
 
 _SLOTS, _AHEAD = 4, 2  # groups in shared memory, and on their way in
@@ -42,7 +42,7 @@ def supports(x: jax.Array, index: jax.Array) -> str | None:
 
 def _together(width):
     """Rows of a group: as many as shared memory holds, 0 where it does not hold the slots of one."""
-    return next((n for n in (8, 4, 2, 1) if _SLOTS * n * 2 * width <= SHARED_MEMORY - 2048), 0)
+    return next((n for n in (8, 4, 2, 1) if _SLOTS * n * 2 * width <= SHARED_MEMORY - RESERVED), 0)
 
 
 def _fold(width):

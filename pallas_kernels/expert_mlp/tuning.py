@@ -9,7 +9,7 @@ import dataclasses
 import math
 from typing import ClassVar
 
-from pallas_kernels.persistent import DEPTH, MATRIX_ROWS, SHARED_MEMORY
+from pallas_kernels.persistent import DEPTH, MATRIX_ROWS, RESERVED, SHARED_MEMORY
 from pallas_kernels.tuned import tuned
 
 _MOST_STAGES = 8
@@ -58,7 +58,7 @@ def blocks(rows: int, width: int, slots: int) -> Blocks:
     columns, cluster = one_slab or tuned("expert_mlp columns", rows, width) or _cut(rows, width)
     results = Blocks(rows, columns, 0).consumers * MATRIX_ROWS * 128 * slots
     stage = 2 * DEPTH * (max(MATRIX_ROWS, rows) + columns)
-    return Blocks(rows, columns, min(_MOST_STAGES, (SHARED_MEMORY - 2048 - results) // stage), cluster)
+    return Blocks(rows, columns, min(_MOST_STAGES, (SHARED_MEMORY - RESERVED - results) // stage), cluster)
 
 
 def _cut(rows, width):

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from pallas_kernels import persistent
-from pallas_kernels.persistent import DEPTH, MATRIX_ROWS, SHARED_MEMORY
+from pallas_kernels.persistent import DEPTH, MATRIX_ROWS, RESERVED, SHARED_MEMORY
 from pallas_kernels.tuned import tuned
 
 _WIDEST = 128
@@ -67,5 +67,5 @@ def by_columns(steps: int, width: int) -> Blocks:
 
 def _with_stages(columns, depth, parts, resident=None):
     stage = 2 * depth * (columns + (MATRIX_ROWS if resident is None else 0))
-    taken = 2048 + 4 * MATRIX_ROWS * columns + (resident or 0)
+    taken = RESERVED + 4 * MATRIX_ROWS * columns + (resident or 0)
     return Blocks(columns, depth, min(16, (SHARED_MEMORY - taken) // stage), parts)

@@ -39,6 +39,7 @@ RESULTS = {
     "to-even": (f"cvt.rni.f32.f32 %r1, {F(2.5)};", BITS(2.0)),
     "to-zero": (f"cvt.rzi.s32.f32 %r1, {F(-2.7)};", -2),
     "lower-byte": ("mov.b16 %rs1, 0x12fe; cvt.s16.s8 %rs2, %rs1; cvt.s32.s16 %r1, %rs2;", -2),
+    "into-a-wider-register": ("cvt.s8.s32 %rs1, 0x1fe; cvt.s32.s16 %r1, %rs1;", -2),
     "power": (f"ex2.approx.ftz.f32 %r1, {F(-3)};", BITS(0.125)),
     "two-halves": (f"cvt.rn.bf16x2.f32 %r1, {F(1)}, {F(-2)};", 0x3F80C000),
     "rounds-to-even": (f"cvt.rn.bf16.f32 %rs1, {F(1 + 2**-8)}; cvt.f32.bf16 %r1, %rs1;", BITS(1.0)),
