@@ -39,6 +39,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mosaic import launch, read
+from pallas_kernels.persistent import swizzled
 from pallas_kernels.ssd import mosaic_parts as parts
 from pallas_kernels.ssd import mosaic_steps, tuning
 from pallas_kernels.ssd.mosaic_parts import PER_COLUMN, PER_ROW, WGMMA
@@ -158,6 +159,7 @@ class _Scratch(NamedTuple):
     state: Any
     d_state: Any
     dx: Any
+    scores: Any
     vectors: Any
     shared_loaded: Any
     loaded: Any
@@ -180,6 +182,7 @@ def _chunk_gradients(plan, inputs, skip):
         state=parts.matrices(slots, slabs, ROWS, ROWS),
         d_state=parts.matrices(slots, slabs, ROWS, ROWS),
         dx=parts.matrices(CHUNK, ROWS),
+        scores=swizzled(jnp.float32, 2, CHUNK, CHUNK),
         vectors=parts.floats(slots, 3, CHUNK),
         shared_loaded=plgpu.Barrier(num_arrivals=2),
         loaded=plgpu.Barrier(num_arrivals=3 + 2 * slabs, num_barriers=slots),
@@ -239,19 +242,39 @@ def _load(place, unit, inputs, s):
     copy(vectors.at[place.batch, head, :, place.tokens], s.vectors.at[slot])
 
 
+_COLUMNS = 32  # of the links, that are made at a time
+_COLUMN_PARTS = [pl.ds(first, _COLUMNS) for first in range(0, CHUNK, _COLUMNS)]
+
+
 def _square(a, b):
     """a b^T of two matrices in shared memory."""
     return parts.product((CHUNK, CHUNK), (a, b.transpose((1, 0))))
 
 
 def _indices():
-    return (plgpu.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), i, layout=WGMMA) for i in (0, 1))
+    places = lambda layout: plgpu.broadcasted_iota(jnp.int32, (CHUNK,), 0, layout=layout)
+    return parts.across(places(PER_ROW)), parts.down(places(PER_COLUMN))
+
+
+def _keep(scores, distance, ref):
+    """Leaves C_l . B_s of all pairs in shared memory: from token s to l at `distance` > 0, else 0, -0 if l < s.
+
+    In registers they, and the places that tell whether l < s, would displace the rest of a unit.
+    """
+    ref[...] = jnp.where(distance > 0, scores + 0.0, jnp.where(distance == 0, 0.0, -0.0))  # no sum with +0 is -0
+    plgpu.commit_smem()
+
+
+def _kept(ref):
+    """What `_keep` left, and whether l >= s."""
+    scores = read(ref, WGMMA)
+    return scores, lax.bitcast_convert_type(scores, jnp.int32) != jnp.iinfo(jnp.int32).min
 
 
 def _decays(rows, columns):
     """exp(a_row - a_column); 1 where a_column is the smaller, so that zero times it is zero."""
     (row_coarse, row_fine, _), (column_coarse, column_fine, _) = rows, columns
-    across, down = parts.across, parts.down
+    across, down = (lambda v: parts.across(v, _COLUMNS)), parts.down
     pair = (across(row_coarse) - down(column_coarse)) + (across(row_fine) - down(column_fine))
     return jnp.exp2(jnp.minimum(pair, 0.0))
 
@@ -269,12 +292,12 @@ def _from_outputs(place, inputs, outputs, s):
         _load(place, jnp.int32(unit), inputs, s)
     slabs, (row, column) = parts.slabs_of(s.C.shape[-1]), _indices()
     plgpu.barrier_wait(s.shared_loaded)
-    scores = jnp.where(row > column, _square(s.C, s.B), 0.0)
+    _keep(_square(s.C, s.B), row - column, s.scores.at[0])
 
     def visit(unit, dC):
         slot, (head, block) = lax.rem(unit, place.slots), place.head(unit)
         plgpu.barrier_wait(s.loaded.at[slot])
-        dC, arrived = _add_to_dC(dC, scores, slot, slabs, s)
+        dC, arrived = _add_to_dC(dC, slot, slabs, s)
         of_state = lambda ref: read(ref, WGMMA).astype(jnp.float32)
         kept = sum(
             (of_state(s.state.at[slot, i]) * of_state(s.d_state.at[slot, i])).sum(axis=1) for i in range(len(slabs))
@@ -295,23 +318,31 @@ def _from_outputs(place, inputs, outputs, s):
     _store_keys(place, dC_ref, slabs, dC)
 
 
-def _add_to_dC(dC, scores, slot, slabs, s):
-    """dC, and the sum `arrived`. scores: of pairs l > s."""
-    row, column = _indices()
-    rows, columns = (parts.load_vectors(s.vectors.at[slot], layout) for layout in (PER_ROW, PER_COLUMN))
-    decays = jnp.where(row >= column, _decays(rows, columns), 0.0)
-    E = _square(s.dy.at[slot], s.x.at[slot]) * decays
-    E *= parts.down(plgpu.load(s.vectors.at[slot, parts.STEP], layout=PER_COLUMN))  # late: registers are short
-    arrived = (scores * E).sum(axis=1)
-    E = E.astype(jnp.bfloat16)
-    into, new = jnp.exp2(rows[parts.COARSE] + rows[parts.FINE]), []
+def _add_to_dC(dC, slot, slabs, s):
+    """dC, and the sum `arrived`."""
+    rows, products = parts.load_vectors(s.vectors.at[slot], PER_ROW), _square(s.dy.at[slot], s.x.at[slot])
+    arrived, E, new = 0.0, [], []
+    for part in _COLUMN_PARTS:
+        columns = parts.load_vectors(s.vectors.at[slot, :, part], PER_COLUMN)
+        scores, is_link = _kept(s.scores.at[0, :, part])
+        decays = jnp.where(is_link, _decays(rows, columns), 0.0)
+        some = products[:, part.start : part.start + part.size] * decays * parts.down(columns[parts.STEP])
+        arrived += (scores * some).sum(axis=1)
+        E.append(some.astype(jnp.bfloat16))
+    into = parts.across(jnp.exp2(rows[parts.COARSE] + rows[parts.FINE]))
     for i, slab in enumerate(slabs):
-        carried = parts.product((CHUNK, ROWS), (s.dy.at[slot], s.state.at[slot, i])) * parts.across(into)
-        C = read(s.C.at[:, slab], WGMMA).astype(jnp.float32)
-        arrived += (carried * C).sum(axis=1)
-        pair, spare = (E, s.B.at[:, slab]), parts.spare_of(0, s)
-        new.append(parts.product((CHUNK, ROWS), pair, initial=dC[i] + carried, spare=spare))
-    return tuple(new), arrived
+        carried = parts.product((CHUNK, ROWS), (s.dy.at[slot], s.state.at[slot, i])) * into
+        arrived += (carried * read(s.C.at[:, slab], WGMMA).astype(jnp.float32)).sum(axis=1)
+        new.append(dC[i] + carried)
+    return _add_products(new, jnp.concatenate(E, axis=1), s.B, slabs, parts.spare_of(0, s)), arrived
+
+
+def _add_products(sums, a, b, slabs, spare):
+    """Adds a @ b, slab by slab."""
+    return tuple(
+        parts.product((CHUNK, ROWS), (a, b.at[:, slab]), initial=v, spare=spare)
+        for v, slab in zip(sums, slabs, strict=True)
+    )
 
 
 def _store_keys(place, ref, slabs, values):
@@ -326,15 +357,15 @@ def _from_inputs(place, skip, outputs, s):
     plgpu.barrier_wait(s.shared_loaded)
     scores = _square(s.B, s.C)
     own_score = jnp.where(row == column, scores, 0.0).sum(axis=1)
-    scores = jnp.where(column > row, scores, 0.0)
+    _keep(scores, column - row, s.scores.at[1])
 
     def visit(unit, dB):
         slot, (head, block) = lax.rem(unit, place.slots), place.head(unit)
         plgpu.barrier_wait(s.loaded.at[slot])
         rows, outof, weights = _per_row(slot, s)
         dB = _add_carried(dB, weights, slot, s)
-        E, links, linked = _transposed(scores, rows, slot, s)
-        dB = _add_linked(dB, E, slabs, s)
+        E, links, linked = _transposed(rows, slot, s)
+        dB = _add_products(dB, E, s.C, slabs, parts.spare_of(1, s))
         own = own_score * rows[parts.STEP] + skip[head]
         dx, left, skips = _dx(links, weights, outof, own, slot, slabs, s)
         found = dict(linked=linked, left=left, own=own_score * skips, skip=skips)
@@ -351,18 +382,19 @@ def _from_inputs(place, skip, outputs, s):
     plgpu.wait_smem_to_gmem(0)
 
 
-def _transposed(scores, rows, slot, s):
-    """E^T [s, l], links^T of pairs l > s, both bfloat16, and the sum `linked`. scores: of pairs l > s."""
-    row, column = _indices()
-    columns = parts.load_vectors(s.vectors.at[slot], PER_COLUMN)
-    negative = lambda vectors: tuple(-v for v in vectors)
-    products = _square(s.x.at[slot], s.dy.at[slot])
-    decays = _decays(negative(rows), negative(columns))
-    links = scores * decays
-    linked = (links * products).sum(axis=1)
-    step = parts.across(rows[parts.STEP])
-    E = jnp.where(column >= row, products * decays * step, 0.0)
-    return E.astype(jnp.bfloat16), (links * step).astype(jnp.bfloat16), linked
+def _transposed(rows, slot, s):
+    """E^T [s, l], links^T of pairs l > s, both bfloat16, and the sum `linked`."""
+    negative, step = (lambda vectors: tuple(-v for v in vectors)), parts.across(rows[parts.STEP], _COLUMNS)
+    products, linked, E, links = _square(s.x.at[slot], s.dy.at[slot]), 0.0, [], []
+    for part in _COLUMN_PARTS:
+        columns = parts.load_vectors(s.vectors.at[slot, :, part], PER_COLUMN)
+        scores, is_link = _kept(s.scores.at[1, :, part])
+        decays, some = _decays(negative(rows), negative(columns)), products[:, part.start : part.start + part.size]
+        weights = scores * decays
+        linked += (weights * some).sum(axis=1)
+        E.append(jnp.where(is_link, some * decays * step, 0.0).astype(jnp.bfloat16))
+        links.append((weights * step).astype(jnp.bfloat16))
+    return jnp.concatenate(E, axis=1), jnp.concatenate(links, axis=1), linked
 
 
 def _per_row(slot, s):
@@ -378,15 +410,6 @@ def _add_carried(dB, weights, slot, s):
     x, spare = (x * parts.across(weights)).astype(jnp.bfloat16), parts.spare_of(1, s)
     return tuple(
         parts.product((CHUNK, ROWS), (x, s.d_state.at[slot, i]), initial=v, spare=spare) for i, v in enumerate(dB)
-    )
-
-
-def _add_linked(dB, E, slabs, s):
-    """Adds E^T C."""
-    spare = parts.spare_of(1, s)
-    return tuple(
-        parts.product((CHUNK, ROWS), (E, s.C.at[:, slab]), initial=v, spare=spare)
-        for v, slab in zip(dB, slabs, strict=True)
     )
 
 
