@@ -2,14 +2,15 @@
 
 **Early launch** (CUDA: programmatic dependent launch). Every kernel may be launched while the one before it still runs:
 its thread blocks come to lie on multiprocessors that have become free, set up their barriers, and wait for the end of
-all that is earlier. What it costs to start a kernel then passes while the one before it ends. It is safe after and
-before kernels of any origin. Before the wait nothing is written, and nothing of memory comes nearer than the L2; the
-wait is for the memory of whole kernels, whenever these let others start.
+all that is earlier. What it costs to start a kernel then passes while the one before it ends. Before the wait a kernel
+writes nothing and reads nothing; it may bring memory into the L2. The wait ends when all earlier kernels have ended and
+what they wrote can be seen, however early they let this one start: so it is safe beside kernels of any origin.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+LOG2E = math.log2(math.e)
 COLUMNS = 64  # of a row: 128 bytes of bfloat16, a full line of memory
 # Such a row is 16 threads with 4 neighbouring columns each, so a warpgroup has 8 rows.
 ROW_LAYOUT = plgpu.Layout.TILED(

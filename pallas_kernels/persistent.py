@@ -16,12 +16,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.hopper import MATRIX_ROWS, SMS
 from pallas_kernels.mosaic import early
 
-SHARED_MEMORY = 232_448  # bytes that one thread block may use on an H100
-RESERVED = 2560  # bytes of it for barriers, and for what begins at multiples of 1,024
-SMS = 132  # multiprocessors of an H100 or H200 SXM
-MATRIX_ROWS = 64  # rows of one wgmma
 PEER = "peer"  # axis of the thread blocks of a cluster
 DEPTH = 64  # elements of 16 bits in 128 bytes, the width of a swizzled row
 # Registers of a thread of the producer, and of one or two consumers: together no more than the block has been given.

@@ -34,6 +34,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.causal_conv1d import xla
+from pallas_kernels.hopper import SMS
 from pallas_kernels.mosaic import COLUMNS, EACH_COLUMN, EACH_ROW, ROW_LAYOUT, across, down, launch, read, too_old
 
 LANES = COLUMNS  # channels of a thread block
@@ -41,7 +42,7 @@ TILE = 64  # tokens of a tile
 HALO = 8  # tokens before it that come with it
 _STRIP, _GRADIENT_STRIP = 32, 8  # tokens that a warpgroup computes at once; few fences, few registers
 _SLOTS = 3  # tiles in flight
-_MULTIPROCESSORS, _SHORTEST_PIECE = 132, 8
+_SHORTEST_PIECE = 8
 _MOST_TAPS = 5  # whose gradient the registers hold
 
 
@@ -169,8 +170,8 @@ def _prepare(first, sizes, interpret, step, x, weight, bias, initial, documents,
 def _piece(tiles, walks):
     """Tiles of a thread block: the multiprocessor with the most has as few as may be, if it can in 4 or more blocks."""
     pieces = range(1, max(1, tiles // _SHORTEST_PIECE) + 1)
-    pieces = [count for count in pieces if walks * count >= 4 * _MULTIPROCESSORS] or pieces[-1:]
-    most = lambda count: -(-walks * count // _MULTIPROCESSORS) * -(-tiles // count)
+    pieces = [count for count in pieces if walks * count >= 4 * SMS] or pieces[-1:]
+    most = lambda count: -(-walks * count // SMS) * -(-tiles // count)
     return -(-tiles // min(pieces, key=most))
 
 

@@ -18,8 +18,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.choice import with_gradient_of
+from pallas_kernels.hopper import RESERVED, SHARED_MEMORY, SMS
 from pallas_kernels.mosaic import launch, too_old
-from pallas_kernels.persistent import DEPTH, RESERVED, SHARED_MEMORY, SMS
+from pallas_kernels.persistent import DEPTH
 from pallas_kernels.tiles import pad_to
 
 _SLOTS, _AHEAD = 4, 2  # groups in shared memory, and on their way in

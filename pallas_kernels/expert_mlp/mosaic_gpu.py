@@ -43,8 +43,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import persistent
 from pallas_kernels.expert_mlp import tuning
+from pallas_kernels.hopper import MATRIX_ROWS
 from pallas_kernels.mosaic import too_old
-from pallas_kernels.persistent import DEPTH, MATRIX_ROWS, PEER, cut, swizzled
+from pallas_kernels.persistent import DEPTH, PEER, cut, swizzled
 from pallas_kernels.tiles import TILE_ROWS, pad_to
 
 _ALIGN = TILE_ROWS  # TMA of a swizzled tile starts at a multiple of this many rows
@@ -87,6 +88,7 @@ def plan(group_sizes: jax.Array, rows: int, tile_rows: int) -> Plan:
     tiles = jnp.where(sizes > 0, -(-(ends - starts // _ALIGN * _ALIGN) // tile_rows), 0)
     tile_ends = jnp.cumsum(tiles, dtype=jnp.int32)
     groups = jnp.stack([tile_ends - tiles, starts, ends], axis=1)
+    # n rows that begin anywhere in eight take up to ceil((n + 7) / tile rows) tiles.
     room = (rows + min(experts + 1, rows) * (tile_rows + _ALIGN - 2)) // tile_rows
     group = (jnp.arange(room)[:, None] >= tile_ends).sum(axis=1, dtype=jnp.int32)
     group = jnp.minimum(group, experts)
@@ -106,6 +108,18 @@ class _Item(NamedTuple):
     place: jax.Array
     begin: jax.Array
     end: jax.Array
+    steps: jax.Array
+
+
+class _Band(NamedTuple):
+    """A result block of `per_expert`: `band` is the number of its rows' block, of which `end` count; see `_Item`."""
+
+    expert: jax.Array
+    column: jax.Array
+    row: jax.Array
+    place: jax.Array
+    band: jax.Array
+    end: int
     steps: jax.Array
 
 
@@ -140,7 +154,7 @@ def _slots(blocks, dtype):
 def _send(acc, slots, target):
     """Stores a sum in slabs of 128 bytes a row: `target(slab, lanes)` is the memory a slab belongs to.
 
-    TMA drops what lies beyond the last column.
+    TMA drops what lies beyond the last column, where there is more than one slab: `tuning.blocks`.
     """
     lanes = slots.shape[-1]
     for slab in range(acc.shape[1] // lanes):
@@ -288,13 +302,12 @@ def per_expert(tiles, rows, plan: Plan, experts: int) -> jax.Array:
             row = pl.multiple_of(lax.div(start, _ALIGN) * _ALIGN, _ALIGN)
             steps = jnp.where(end > start, lax.div(end - row + DEPTH - 1, DEPTH), 0)
             place = pl.multiple_of(first * plan.rows, _ALIGN)
-            # The tile is a band of the result here: `begin` says which.
             band, column = lax.div(local, columns), lax.rem(local, columns)
-            return _own(_Item(expert, column, row, place, begin=band, end=blocks.rows, steps=steps), blocks)
+            return _own(_Band(expert, column, row, place, band, blocks.rows, steps), blocks)
 
         def load(item, k, slot, full):
             part = lambda start: pl.ds(pl.multiple_of(start + k * DEPTH, _ALIGN), DEPTH)
-            band, column = cut(item.begin, blocks.rows), cut(item.column, blocks.columns)
+            band, column = cut(item.band, blocks.rows), cut(item.column, blocks.columns)
             source = tiles.at[part(item.place), band]
             plgpu.copy_gmem_to_smem(source, ring.a.at[slot], full, collective_axes=shared)
             plgpu.copy_gmem_to_smem(rows.at[part(item.row), column], ring.b.at[slot], full)
@@ -303,7 +316,7 @@ def per_expert(tiles, rows, plan: Plan, experts: int) -> jax.Array:
             plgpu.wgmma(acc, ring.a.at[slot, :, part].transpose((1, 0)), ring.b.at[slot])
 
         def finish(item, thread, top, acc):
-            band = pl.ds(pl.multiple_of(item.begin * blocks.rows + top, MATRIX_ROWS), MATRIX_ROWS)
+            band = pl.ds(pl.multiple_of(item.band * blocks.rows + top, MATRIX_ROWS), MATRIX_ROWS)
             column = item.column * blocks.columns
             target = lambda slab, n: out.at[item.expert, band, pl.ds(column + slab * n, n)]
             _send(acc, slots.at[thread], target)

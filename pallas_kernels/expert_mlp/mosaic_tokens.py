@@ -1,7 +1,8 @@
 """The experts of a few tokens on Hopper: nothing is sorted, and the weights are read at the speed of memory.
 
-Both products are those of `pallas_kernels/matvec/mosaic_gpu.py`, with a matrix for each (row, expert) pair. It meets
-all rows, but the first product is zero except for the pair's own row: so the second may sum over all pairs.
+Both products are those of `pallas_kernels/matvec/mosaic_gpu.py`, with a matrix for each (row, expert) pair. Each is
+multiplied with every row; what the first product has in other rows than the pair's own is then made zero, so that the
+second may sum over all pairs.
 By that an inf or NaN among the weights of `down` reaches all rows; one of x or of `up` stays in its row.
 """
 

@@ -9,7 +9,8 @@ import dataclasses
 import math
 from typing import ClassVar
 
-from pallas_kernels.persistent import DEPTH, MATRIX_ROWS, RESERVED, SHARED_MEMORY
+from pallas_kernels.hopper import MATRIX_ROWS, RESERVED, SHARED_MEMORY
+from pallas_kernels.persistent import DEPTH
 from pallas_kernels.tuned import tuned
 
 _MOST_STAGES = 8

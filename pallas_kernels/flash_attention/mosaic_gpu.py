@@ -36,8 +36,8 @@ from pallas_kernels.flash_attention import mosaic_parts as parts
 from pallas_kernels.flash_attention import tuning
 from pallas_kernels.flash_attention.mosaic_gpu_backward import backward
 from pallas_kernels.flash_attention.mosaic_merge import merge
-from pallas_kernels.flash_attention.mosaic_parts import HEAD_DIM, LOG2E, ROWS
-from pallas_kernels.mosaic import too_old
+from pallas_kernels.flash_attention.mosaic_parts import HEAD_DIM, ROWS
+from pallas_kernels.mosaic import LOG2E, too_old
 from pallas_kernels.tiles import pad_to
 
 # Where a row has seen nothing yet: low enough for any score, and finite, so that differences are never inf - inf.
@@ -224,9 +224,9 @@ def _softmax_loop(wg, low, high, is_whole, s, blocks, scale):
         return m, l, o
 
     plgpu.barrier_wait(s.q_ready)
-    pl.when(wg == 1)(pass_turn)
+    pl.when(wg == 1)(pass_turn)  # the first turn is that of warpgroup 0
     m, l, o = lax.cond(low < high, walk, lambda: (*none_seen, parts.zeros(ROWS, HEAD_DIM)))
-    pl.when(wg == 0)(await_turn)
+    pl.when(wg == 0)(await_turn)  # and so is the one that is left: every arrival at a barrier is waited for
     seen = l != 0  # of NaN too: a row that meets one is NaN
     return o * parts.across(1 / jnp.where(seen, l, 1.0), o.shape), jnp.where(seen, (m + jnp.log2(l)) / LOG2E, -jnp.inf)
 

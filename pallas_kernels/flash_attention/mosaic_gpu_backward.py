@@ -21,7 +21,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.documents import without_pads
 from pallas_kernels.flash_attention import mosaic_parts as parts
 from pallas_kernels.flash_attention import tuning
-from pallas_kernels.flash_attention.mosaic_parts import HEAD_DIM, LOG2E, ROWS
+from pallas_kernels.flash_attention.mosaic_parts import HEAD_DIM, ROWS
+from pallas_kernels.mosaic import LOG2E
 from pallas_kernels.tiles import pad_to
 
 

@@ -8,7 +8,6 @@ nothing.
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import jax
@@ -18,11 +17,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.hopper import MATRIX_ROWS
 from pallas_kernels.mosaic import early
 
-ROWS = 64  # of a warpgroup: the M of wgmma
+ROWS = MATRIX_ROWS  # of a warpgroup
 HEAD_DIM = 128
-LOG2E = math.log2(math.e)
 # `plgpu.InterpretGPUParams` to run on a CPU.
 INTERPRET = None
 
@@ -56,7 +55,7 @@ def view(length, share, tile, size, block, start, documents, key_documents, by_k
     """The view of tiles of `tile` rows, `share` rows a query, on blocks of `block` keys; or the other way round."""
     pad = lambda rows, many, **how: jnp.pad(rows, ((0, 0), (0, -rows.shape[1] % many)), **how)
     per_row = lambda query: pad(jnp.repeat(query, share, axis=1), tile, mode="edge")
-    # A query behind the last key stands at it: a kernel masks by position alone.
+    # No further than the last key: a kernel masks by position alone, and what TMA reads behind that one is zeros.
     position = per_row(jnp.minimum(start[:, None] + jnp.arange(length, dtype=jnp.int32), size - 1))
     # No query stands behind what the last block has beyond the last key.
     key = pad(jnp.arange(size, dtype=jnp.int32)[None], block, constant_values=jnp.iinfo(jnp.int32).max)

@@ -38,10 +38,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import persistent
 from pallas_kernels.choice import with_gradient_of
+from pallas_kernels.hopper import MATRIX_ROWS
 from pallas_kernels.matvec import resident, tuning, xla
 from pallas_kernels.mosaic import too_old
 from pallas_kernels.norm import Norm, normalised
-from pallas_kernels.persistent import DEPTH, MATRIX_ROWS, cut
+from pallas_kernels.persistent import DEPTH, cut
 from pallas_kernels.tiles import pad_to
 
 _ALIGN = 8  # elements of 16 bits, in the 16 bytes that TMA counts in

@@ -1,8 +1,8 @@
 """The few rows of a product, whole in shared memory and normalised on the way there.
 
-    tiles    8 rows x 64 columns, one below the other: 64 rows of this from tile i on are a left operand of wgmma whose
-             first 8 rows are columns 64 i to 64 i + 63, and whose other rows are computed in vain
+    tiles    one below the other, of 8 rows x 64 columns: tile i is columns 64 i to 64 i + 63 of the (at most 8) rows
 
+wgmma takes 64 rows: tile i and the seven below it, of which only the first 8 rows of the product mean anything.
 Every thread block does this for itself, while its first weights are on their way. A single row is there eight times.
 """
 
@@ -16,9 +16,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.hopper import MATRIX_ROWS, SHARED_MEMORY
 from pallas_kernels.mosaic import COLUMNS, EACH_COLUMN, ROW_LAYOUT, across, down, read
 from pallas_kernels.norm import Norm
-from pallas_kernels.persistent import DEPTH, MATRIX_ROWS, SHARED_MEMORY, cut, swizzled
+from pallas_kernels.persistent import DEPTH, cut, swizzled
 from pallas_kernels.tiles import TILE_ROWS, pad_to
 
 _BEYOND = MATRIX_ROWS // TILE_ROWS - 1  # tiles behind the last one, which the last operand reaches

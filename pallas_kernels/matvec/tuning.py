@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from pallas_kernels import persistent
-from pallas_kernels.persistent import DEPTH, MATRIX_ROWS, RESERVED, SHARED_MEMORY
+from pallas_kernels.hopper import MATRIX_ROWS, RESERVED, SHARED_MEMORY
+from pallas_kernels.persistent import DEPTH
 from pallas_kernels.tuned import tuned
 
 _WIDEST = 128

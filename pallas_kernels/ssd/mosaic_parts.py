@@ -8,7 +8,6 @@ memory.
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +22,6 @@ from pallas_kernels.mosaic import launch, read
 from pallas_kernels.ssd.tuning import CHUNK, ROWS
 from pallas_kernels.tiles import pad_to
 
-LOG2E = math.log2(math.e)
 RESET = -256.0  # log2 of the decay into a new document
 _NO_WEIGHT = -150.0  # and that of half the smallest float32 that is not zero
 WGMMA = plgpu.Layout.WGMMA
@@ -339,6 +337,7 @@ def piece_states(plan, x, B, steps, initial, reverse=False):
         def _():
             lane = thread - 1
             head, rows = _lane(plan, place, lane)
+            # A thread block has one head or two (`tuning.plan`).
             own = lambda rests: rests[0] if plan.heads == 1 else jnp.where(head == place.head, *rests)
 
             def put(index, state, decay):

@@ -23,7 +23,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mosaic import COLUMNS, EACH_COLUMN, EACH_ROW, ROW_LAYOUT, across, down, launch, read, softplus
+from pallas_kernels.mosaic import (
+    COLUMNS,
+    EACH_COLUMN,
+    EACH_ROW,
+    LOG2E,
+    ROW_LAYOUT,
+    across,
+    down,
+    launch,
+    read,
+    softplus,
+)
 from pallas_kernels.ssd import mosaic_parts as parts
 from pallas_kernels.ssd import xla
 from pallas_kernels.ssd.mosaic_parts import COARSE, FINE, STEP
@@ -107,7 +118,7 @@ def differentiable(dt, A, dt_bias, dt_limit, documents, initial_document):
 
 
 def _log_decays(step, rate, is_first):
-    return jnp.where(is_first, parts.RESET, jnp.maximum(step * rate, xla.SMALLEST_LOG_DECAY) * parts.LOG2E)
+    return jnp.where(is_first, parts.RESET, jnp.maximum(step * rate, xla.SMALLEST_LOG_DECAY) * LOG2E)
 
 
 def _kinds(length, documents, initial_document):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from pallas_kernels.hopper import MATRIX_ROWS, SMS
 from pallas_kernels.tuned import tuned
 
 CHUNK = 64  # tokens: the fewest products a token (the state costs 2 P N whatever the chunk, the links 2 (N + P) chunk)
-ROWS = 64  # rows of a state that one warpgroup holds: the height of a wgmma
-MULTIPROCESSORS = 132
+ROWS = MATRIX_ROWS  # of a state that one warpgroup holds
 # Registers a thread of the warpgroups that link, one or two, and of the two that hold states.
 REGISTERS = {1: (152, 176), 2: (80, 176)}  # 152 + 2 * 176 = 3 * 168, 2 * 80 + 2 * 176 = 4 * 128
 GRADIENT_SLOTS = 3  # units in flight in the gradient of a chunk; at least 2: a slot is filled again a unit late
@@ -79,7 +79,7 @@ def _piece(chunks: int, thread_blocks: int) -> int:
 
     def time(piece):
         pieces = -(-chunks // piece)
-        first, second = (-(-n * thread_blocks // MULTIPROCESSORS) for n in (pieces - 1, pieces))
+        first, second = (-(-n * thread_blocks // SMS) for n in (pieces - 1, pieces))
         earlier = (pieces - 1) * (second + 1) / 2
         return piece * (_FIRST_PASS * first + second) + _EARLIER * earlier
 
