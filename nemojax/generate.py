@@ -73,9 +73,6 @@ def generate(
     _check_sampling(max_new_tokens, temperature, top_k, top_p)
     if segment_ids is not None and not np.asarray((segment_ids > 0).any(axis=1)).all():
         raise InputError(f"tokens: the prompt of row {int(jnp.argmin((segment_ids > 0).any(axis=1)))} is empty")
-    if stop_ids is None:
-        eos = config.eos_token_id
-        stop_ids = () if eos is None else eos if isinstance(eos, tuple) else (eos,)
     key = jax.random.key(key) if isinstance(key, int) else key
     sampling = Sampling(
         jnp.float32(temperature),
@@ -90,11 +87,18 @@ def generate(
         sampling,
         model=model,
         max_new_tokens=max_new_tokens,
-        stop_ids=tuple(int(i) for i in stop_ids),
+        stop_ids=_stop_ids(config, stop_ids),
         state_dtype=state_dtype,
         greedy=temperature == 0,
         truncate=top_k is not None or top_p is not None,
     )
+
+
+def _stop_ids(config, given):
+    if given is None:
+        eos = config.eos_token_id
+        given = () if eos is None else eos if isinstance(eos, tuple) else (eos,)
+    return tuple(int(i) for i in given)
 
 
 def _prompts(tokens: Any, segment_ids: Any) -> tuple[Any, Any]:

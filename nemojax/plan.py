@@ -160,18 +160,8 @@ def plan(
             missing = str(error)
     grid = make_mesh(sizes, devices) if devices else AbstractMesh(tuple(sizes.values()), tuple(sizes))
     params, cache, tokens = _abstract(config, batch, context, grid, state_dtype)
-    done = Plan(
-        target,
-        count,
-        mesh,
-        context,
-        batch,
-        piece,
-        _device_bytes(params),
-        _device_bytes(cache),
-        _estimated_temp(config, batch * piece, sizes),
-        missing=missing,
-    )
+    numbers = _device_bytes(params), _device_bytes(cache), _estimated_temp(config, batch * piece, sizes)
+    done = Plan(target, count, mesh, context, batch, piece, *numbers, missing=missing)
     if devices is None:
         return done
     compile_step = functools.partial(_compile, config, grid, params, cache)

@@ -54,8 +54,24 @@ def causal_conv1d(
     Raises:
       ValueError: shapes that do not belong together, or inputs that the named implementation does not support.
     """
+    sizes = tuple(parts or weight.shape[1:2])
+    _check(x, weight, bias, first, sizes, initial, documents, initial_document)
+    if documents is not None and initial_document is None:
+        initial_document = jnp.zeros(documents.shape[:1], documents.dtype)
+    reason = mosaic_gpu.supports(x, weight, sizes)
+    run = choose("causal_conv1d", IMPLEMENTATIONS, implementation, {"mosaic_gpu": reason})
+    inputs = (x, weight, bias, initial, documents, initial_document)
+    if implementation is None and on_hopper("causal_conv1d", reason):
+        y = _by_platform(first, sizes, *inputs)
+        after = xla.inputs_after(x, weight, initial, documents, initial_document, first)
+    else:
+        y, after = run(*inputs, first, sizes)
+    return (y[0] if parts is None else y), after
+
+
+def _check(x, weight, bias, first, sizes, initial, documents, initial_document):
     batch, length, groups, width = x.shape
-    (_, channels, taps), sizes = weight.shape, tuple(parts or weight.shape[1:2])
+    _, channels, taps = weight.shape
     if weight.shape[0] != groups or not 0 <= first <= width - channels:
         at = f" from channel {first}" if first else ""
         raise ValueError(f"causal_conv1d: weight {weight.shape} does not fit x {x.shape}{at}")
@@ -70,17 +86,6 @@ def causal_conv1d(
         "initial_document": (initial_document, (batch,)),
     }
     check_shapes("causal_conv1d", expected)
-    if documents is not None and initial_document is None:
-        initial_document = jnp.zeros((batch,), documents.dtype)
-    reason = mosaic_gpu.supports(x, weight, sizes)
-    run = choose("causal_conv1d", IMPLEMENTATIONS, implementation, {"mosaic_gpu": reason})
-    inputs = (x, weight, bias, initial, documents, initial_document)
-    if implementation is None and on_hopper("causal_conv1d", reason):
-        y = _by_platform(first, sizes, *inputs)
-        after = xla.inputs_after(x, weight, initial, documents, initial_document, first)
-    else:
-        y, after = run(*inputs, first, sizes)
-    return (y[0] if parts is None else y), after
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

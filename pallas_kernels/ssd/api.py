@@ -74,10 +74,10 @@ def ssd(
     A, D, dt_bias, initial_state = (a.astype(jnp.float32) for a in (A, D, dt_bias, initial_state))
     reason = mosaic_gpu.supports(x, B, C)
     run = choose("ssd", IMPLEMENTATIONS, implementation, {"mosaic_gpu": reason})
-    state = (initial_state, documents, initial_document)
+    inputs, state = (x, dt, A, B, C, D, dt_bias), (initial_state, documents, initial_document)
     if implementation is None and on_hopper("ssd", reason):
-        return _by_platform(dt_limit, chunk_size, x, dt, A, B, C, D, dt_bias, *state)
-    return run(x, dt, A, B, C, D, dt_bias, dt_limit, *state, chunk_size)
+        return _by_platform(dt_limit, chunk_size, *inputs, *state)
+    return run(*inputs, dt_limit, *state, chunk_size)
 
 
 def _check(x, dt, A, B, C, D, dt_bias, initial_state, documents, initial_document, chunk_size):
