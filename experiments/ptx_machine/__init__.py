@@ -9,7 +9,8 @@
 What the Pallas interpreter does not model is here: clusters and multicast, proxies, registers that a running wgmma
 still uses, shared memory as addresses and swizzles. Each kernel is compiled for an abstract H100; threads run in
 lockstep, a warpgroup or a warp at a time; warps, copies and stores take turns at random; memory that nothing wrote is
-NaN. Whatever breaks a law raises the exception of that law (`laws.py`), with the kernel and the line of its PTX. An
+NaN. Whatever breaks a law raises the exception of that law (`laws.py`), with the kernel and the line of its PTX. One
+law is about indices that Mosaic drops, so that no PTX shows them: kernels are compiled with a check (`unseen.py`). An
 instruction that the machine does not know raises too.
 
 Not modelled:

@@ -10,6 +10,7 @@ from jax.sharding import SingleDeviceSharding
 
 from experiments.h100_compiler import kernels_dumped
 from experiments.ptx_machine.launch import Launch, read_launch
+from experiments.ptx_machine.unseen import traps_on_dropped_indices
 from nemojax.gpu_targets import abstract_devices, gpu
 
 
@@ -22,7 +23,7 @@ class Compiled(NamedTuple):
 
 
 def compile_kernel(call: Callable, arguments: Sequence[Any]) -> Compiled:
-    """Compiles `call`, which is one kernel and nothing else.
+    """Compiles `call`, which is one kernel and nothing else, with traps where Mosaic drops an index.
 
     Args:
       arguments: with shape and dtype.
@@ -32,7 +33,7 @@ def compile_kernel(call: Callable, arguments: Sequence[Any]) -> Compiled:
     """
     place = SingleDeviceSharding(abstract_devices(gpu("h100"), 1)[0])
     structs = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place) for a in arguments]
-    with kernels_dumped() as folder:
+    with kernels_dumped() as folder, traps_on_dropped_indices():
         jax.jit(call).trace(*structs).lower(lowering_platforms=("cuda",)).compile()
         found = sorted(folder.glob("*.ptx"))
         if len(found) != 1:

@@ -14,7 +14,7 @@ import numpy as np
 
 from experiments.ptx_machine.clocks import GRANULE
 from experiments.ptx_machine.launch import Descriptor
-from experiments.ptx_machine.laws import BadAddress, UnknownInstruction
+from experiments.ptx_machine.laws import BadAddress, IndexDropped, UnknownInstruction
 from experiments.ptx_machine.memory import SHARED_BASE, check_aligned
 from experiments.ptx_machine.operands import (
     DTYPES,
@@ -311,4 +311,13 @@ def _copy(instruction: Instruction):
     return _store_bytes(instruction)
 
 
-EFFECTS = {"cp": _copy}
+def _trap(instruction: Instruction):
+    """`trap`: what `unseen.py` puts before a copy."""
+
+    def step(team, mask):
+        raise IndexDropped("an index of the copy that follows is not zero, and no part of it")
+
+    return step
+
+
+EFFECTS = {"cp": _copy, "trap": _trap}

@@ -100,6 +100,12 @@ class TooEarly(LawBroken):
     look_for = "griddepcontrol.wait, which every thread has to execute before its first access"
 
 
+class IndexDropped(LawBroken):
+    """A copy begins beyond an axis along which it has no index: Mosaic dropped it (`unseen.py`)."""
+
+    look_for = "a slice of one element, or of one row of a swizzle, along an axis that is no longer than that"
+
+
 class PeerGone(LawBroken):
     """A block of a cluster has exited and another one still writes to its shared memory, or arrives there."""
 

@@ -136,6 +136,15 @@ def test_an_edited_kernel_breaks_a_law(edit, law):
     assert TO_TILES in str(caught.value)
 
 
+@pytest.mark.parametrize("shape", [dict(features=64), dict(width=64)], ids=["features", "width"])
+def test_an_index_that_a_copy_does_not_have(shape, monkeypatch):
+    """Blocks of 128 columns, of which an array with 64 has no second half."""
+    monkeypatch.setattr(tuning, "blocks", lambda rows, width, slots: tuning.Blocks(rows, 128, 3))
+    values, sizes = arguments(22, 3, **shape), jnp.array([5, 0, 17], jnp.int32)
+    with pytest.raises(laws.IndexDropped), kernels_on_the_machine():
+        jax.block_until_ready(expert_mlp(*values, sizes, implementation="mosaic_gpu"))
+
+
 def test_a_warp_that_runs_ahead_of_its_warpgroup(monkeypatch):
     """Consumers that do not multiply need a barrier of their own before one warp releases a slot for all."""
 
