@@ -8,7 +8,7 @@ from einops import rearrange
 
 from pallas_kernels.causal_conv1d import xla as conv
 from pallas_kernels.rounding import round_stochastically
-from pallas_kernels.ssd.reference import step, step_size
+from pallas_kernels.ssd.step import step, step_size
 
 
 def mamba_step(projected, conv_state, ssm_state, conv_weight, conv_bias, A_log, D, dt_bias, dt_limit, rows):

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from pallas_kernels import documents as docs
-from pallas_kernels.ssd.reference import step, step_size
+from pallas_kernels.ssd.step import step, step_size
 
 SPAN_CHUNKS = 64
 # Larger chunks trade state traffic for products and exponentials inside the chunk; on CPU 64 is 1.15x faster than 128.
