@@ -103,14 +103,14 @@ def test_gradients_of_documents():
 @pytest.mark.parametrize("length", [1, 2])
 def test_decode(length, monkeypatch):
     """Rows at different slots of a long cache, which is read in more parts than some rows have blocks."""
-    monkeypatch.setattr(tuning, "PROCESSORS", 12)
+    monkeypatch.setattr(tuning, "SMS", 12)
     check(*arguments(length, 400, 6, 2, batch=2), [0, 400 - length])
 
 
 @pytest.mark.usefixtures("interpreted")
 def test_decode_with_documents(monkeypatch):
     """Pads in the cache hold nan, and one row is a pad itself."""
-    monkeypatch.setattr(tuning, "PROCESSORS", 6)
+    monkeypatch.setattr(tuning, "SMS", 6)
     slots = np.stack([numbers((0, 5), (1, 150), (2, 45), (0, 100)), numbers((1, 20), (0, 10), (1, 200), (0, 70))])
     q, k, v = arguments(1, 300, 4, 1, batch=2)
     where = [jnp.asarray(a, jnp.int32) for a in ([199, 229], [[2], [0]], slots)]
@@ -174,7 +174,7 @@ def test_ranges_hold_what_is_visible(by_key, packed):
     [
         (
             lambda a: a.astype(jnp.float32),
-            "cannot run: q is float32 and k is float32; both must be bfloat16; use 'xla'",
+            "cannot run: q is float32, k is float32 and v is float32; all must be bfloat16; use 'xla'",
         ),
         (lambda a: a[..., :64], "cannot run: the head dimension is 64, not 128; use 'xla'"),
     ],

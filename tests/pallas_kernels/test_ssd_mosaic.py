@@ -176,6 +176,6 @@ def test_pieces_cover_the_sequence_and_fill_the_multiprocessors(batch, blocks, c
     plan = tuning.plan(batch, chunks * 64, 2 * blocks, 8, 64, 128, interpret=False)
     assert (plan.pieces - 1) * plan.piece < chunks <= plan.pieces * plan.piece
     work = batch * blocks * chunks
-    rounds = -(-batch * blocks * plan.pieces // tuning.MULTIPROCESSORS)
+    rounds = -(-batch * blocks * plan.pieces // tuning.SMS)
     if chunks >= 128:
-        assert rounds * plan.piece * tuning.MULTIPROCESSORS <= 1.4 * work
+        assert rounds * plan.piece * tuning.SMS <= 1.4 * work
