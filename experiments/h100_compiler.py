@@ -24,8 +24,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from experiments.ptx import overwritten_operands
 from nemojax.gpu_targets import abstract_devices, gpu
 from nemojax.kernel_calls import kernel_calls, text_without_code
+from pallas_kernels.hopper import SHARED_MEMORY
 
-SHARED_MEMORY_LIMIT = 232_448  # bytes of one thread block
+SHARED_MEMORY_LIMIT = SHARED_MEMORY  # bytes of one thread block
 
 
 @dataclasses.dataclass(frozen=True)
