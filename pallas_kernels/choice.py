@@ -66,6 +66,44 @@ def by_platform(fast: Callable, default: Callable, plain: Callable | None = None
     return with_gradient_of(plain or default, run)
 
 
+def with_rules(
+    kernels: tuple[Callable, Callable], plain: tuple[Callable, Callable], *, keeps_results: bool = False
+) -> Callable:
+    """As `by_platform`, of functions that have a gradient of their own.
+
+    Args:
+      kernels, plain: a function and its rule: `rule(saved, cotangents)` are the gradients of its first arguments, and
+        the others, which are not differentiated, come last.
+      keeps_results: whether `saved` is the arguments and the results, or the arguments alone.
+    """
+    (fast, fast_rule), (default, default_rule) = kernels, plain
+    call = jax.custom_vjp(lambda *arguments: jax.lax.platform_dependent(*arguments, cuda=fast, default=default))
+
+    def forward(*arguments):
+        results = call(*arguments)
+        return results, (arguments, results if keeps_results else ())
+
+    def backward(saved, cotangents):
+        # One rule for both: a conditional that is differentiated saves what each of its branches needs.
+        arguments, results = saved
+        saved = (*arguments, *results)
+        gradients = jax.lax.platform_dependent(saved, cotangents, cuda=fast_rule, default=default_rule)
+        return *gradients, *(None for _ in arguments[len(gradients) :])
+
+    call.defvjp(forward, backward)
+    return call
+
+
+def rule_of(function: Callable, integers: int) -> Callable:
+    """The rule (see `with_rules`) that JAX derives for all arguments of `function` but the last `integers`."""
+
+    def rule(arguments, cotangents):
+        values, rest = arguments[:-integers], arguments[-integers:]
+        return jax.vjp(lambda *values: function(*values, *rest), *values)[1](cotangents)
+
+    return rule
+
+
 def with_gradient_of(plain: Callable, fast: Callable) -> Callable:
     """`fast`, differentiated as `plain`: it has no gradient of its own, or one that costs more memory."""
     call = jax.custom_vjp(fast)

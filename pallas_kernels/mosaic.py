@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax._src import config
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -33,6 +34,14 @@ EACH_ROW, EACH_COLUMN = ROW_LAYOUT.reduce(1), ROW_LAYOUT.reduce(0)
 def too_old() -> str | None:
     """Why the JAX at hand cannot run the kernels, or None if it can."""
     return None if jax.__version_info__ >= (0, 11) else f"jax {jax.__version__} is older than 0.11"
+
+
+def interpreted() -> bool:
+    """Whether what is traced now goes to JAX's interpreter of such kernels, on the CPU.
+
+    JAX knows it in `plgpu.force_gpu_interpret_mode`, and traces anew for it, but does not say it.
+    """
+    return config.pallas_tpu_interpret_mode_context_manager.value is not None
 
 
 def read(ref: Any, layout: Any = ROW_LAYOUT) -> Any:
@@ -63,11 +72,8 @@ def softplus(a: Any) -> Any:
     return jnp.maximum(a, 0.0) + 2.0 * q * series
 
 
-EARLY = True  # whether kernels are launched early; the interpreter does not know of it
-
-
 def early(body: Callable, before: Callable = lambda *refs: None) -> Callable:
-    """The body of a kernel that is launched early, and lets the next one be.
+    """The body of a kernel that is launched early, and lets the next one be. (The interpreter knows of neither.)
 
     before: gets the same references before the wait, and may bring what they hold into the L2, no nearer.
     """
@@ -79,7 +85,7 @@ def early(body: Callable, before: Callable = lambda *refs: None) -> Callable:
         plgpu.griddepcontrol_launch_dependents()
         body(*refs)
 
-    return waiting if EARLY else body
+    return body if interpreted() else waiting
 
 
 def launch(
@@ -89,29 +95,33 @@ def launch(
     threads: int,
     out_type: Any,
     scratch: Sequence[Any],
-    interpret: bool = False,
     *,
+    cluster: Mapping[str, int] | None = None,
+    before: Callable = lambda *refs: None,
     approximate: bool = True,
+    semantics: plgpu.LoweringSemantics = plgpu.LoweringSemantics.Lane,
 ) -> Callable:
     """A kernel, as a function of its inputs.
 
     Args:
       body: takes references to inputs, outputs and scratch. name: in reports and profiles.
       grid: thread blocks along each axis, by its name. threads: warpgroups, along the axis `thread`.
-      interpret: on the CPU, with race detection.
+      cluster: the same of a cluster of thread blocks, if any. before: see `early`.
       approximate: exponentials and roots by the special function unit, to 2^-22 or so. (Division always is.)
+      semantics: who finds the layouts of what is in registers: `Lane`, the kernel; `Warpgroup`, the compiler.
     """
     return plgpu.kernel(
-        body if interpret else early(body),
+        early(body, before),
         out_type=out_type,
         grid=tuple(grid.values()),
         grid_names=tuple(grid),
+        cluster=tuple((cluster or {}).values()),
+        cluster_names=tuple(cluster or {}),
         num_threads=threads,
         thread_name="thread",
         kernel_name=name,
         scratch_types=list(scratch),
-        compiler_params=plgpu.CompilerParams(approx_math=approximate, lowering_semantics=plgpu.LoweringSemantics.Lane),
-        interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
+        compiler_params=plgpu.CompilerParams(approx_math=approximate, lowering_semantics=semantics),
     )
 
 

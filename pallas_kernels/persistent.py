@@ -16,8 +16,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import mosaic
 from pallas_kernels.hopper import MATRIX_ROWS, SMS
-from pallas_kernels.mosaic import early
 
 PEER = "peer"  # axis of the thread blocks of a cluster
 DEPTH = 64  # elements of 16 bits in 128 bytes, the width of a swizzled row
@@ -200,7 +200,6 @@ def launch(
       before: see `mosaic.early`.
     """
     semantics = plgpu.LoweringSemantics.Lane if exact_layouts else plgpu.LoweringSemantics.Warpgroup
-    parameters = plgpu.CompilerParams(lowering_semantics=semantics)
     results = len(out) if isinstance(out, tuple) else 1
 
     def unpacked(*refs):
@@ -210,24 +209,15 @@ def launch(
     stages = blocks.stages
     together = functools.partial(plgpu.ClusterBarrier, collective_axes=(PEER,))
     empty = plgpu.Barrier if blocks.cluster == 1 else together
-    return plgpu.kernel(
-        early(unpacked, before),
-        out_type=out,
-        grid=(SMS // blocks.cluster,),
-        grid_names=("block",),
-        cluster=(blocks.cluster,),
-        cluster_names=(PEER,),
-        num_threads=blocks.consumers + 1,
-        thread_name="thread",
-        kernel_name=body.__name__,
-        compiler_params=parameters,
-        scratch_types=[
-            *(None if shape is None else swizzled(jnp.bfloat16, stages, *shape) for shape in tiles),
-            plgpu.Barrier(num_arrivals=sum(shape is not None for shape in tiles), num_barriers=stages),
-            empty(num_arrivals=blocks.consumers, num_barriers=stages),
-            *scratch,
-        ],
-    )(*operands)
+    shared = [
+        *(None if shape is None else swizzled(jnp.bfloat16, stages, *shape) for shape in tiles),
+        plgpu.Barrier(num_arrivals=sum(shape is not None for shape in tiles), num_barriers=stages),
+        empty(num_arrivals=blocks.consumers, num_barriers=stages),
+        *scratch,
+    ]
+    grid, cluster = {"block": SMS // blocks.cluster}, {PEER: blocks.cluster}
+    how = dict(cluster=cluster, before=before, semantics=semantics, approximate=False)
+    return mosaic.launch(unpacked, body.__name__, grid, blocks.consumers + 1, out, shared, **how)(*operands)
 
 
 def cut(index, size):

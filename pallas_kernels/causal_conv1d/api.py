@@ -5,12 +5,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.causal_conv1d import mosaic_gpu, reference, xla
-from pallas_kernels.choice import choose, on_hopper
+from pallas_kernels.choice import choose, on_hopper, rule_of, with_rules
 from pallas_kernels.shapes import check_shapes
 
 IMPLEMENTATIONS = {
@@ -62,7 +61,7 @@ def causal_conv1d(
     run = choose("causal_conv1d", IMPLEMENTATIONS, implementation, {"mosaic_gpu": reason})
     inputs = (x, weight, bias, initial, documents, initial_document)
     if implementation is None and on_hopper("causal_conv1d", reason):
-        y = _by_platform(first, sizes, *inputs)
+        y = _by_platform(first, sizes)(*inputs)
         after = xla.inputs_after(x, weight, initial, documents, initial_document, first)
     else:
         y, after = run(*inputs, first, sizes)
@@ -88,18 +87,8 @@ def _check(x, weight, bias, first, sizes, initial, documents, initial_document):
     check_shapes("causal_conv1d", expected)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _by_platform(first, sizes, *inputs):
-    """The kernel where the program is compiled for CUDA; the platform is not known before."""
-    on = lambda run: lambda *inputs: run(*inputs, first, sizes)
-    return jax.lax.platform_dependent(*inputs, cuda=on(mosaic_gpu.outputs), default=on(xla.outputs))
-
-
-def _backward(first, sizes, inputs, cotangents):
-    # One rule for both: a conditional that is differentiated saves what each of its branches needs.
-    kernel = functools.partial(mosaic_gpu.backward, first, sizes, False)
-    plain = functools.partial(xla.backward, first, sizes)
-    return *jax.lax.platform_dependent(inputs, cotangents, cuda=kernel, default=plain), None, None
-
-
-_by_platform.defvjp(lambda *arguments: (_by_platform(*arguments), arguments[2:]), _backward)
+@functools.cache
+def _by_platform(first, sizes):
+    cut = lambda run: lambda *inputs: run(*inputs, first, sizes)
+    kernel, plain = cut(mosaic_gpu.outputs), cut(xla.outputs)
+    return with_rules((kernel, functools.partial(mosaic_gpu.backward, first, sizes)), (plain, rule_of(plain, 2)))

@@ -62,28 +62,28 @@ def supports(x: Any, weight: Any, sizes: tuple[int, ...]) -> str | None:
 
 
 def causal_conv1d(
-    x, weight, bias, initial, documents, initial_document, first, sizes, interpret=False
+    x, weight, bias, initial, documents, initial_document, first, sizes
 ) -> tuple[tuple[jax.Array, ...], jax.Array]:
-    """See `api.causal_conv1d`: the parts, and what the next call begins with. `interpret`: on the CPU."""
-    y = _outputs(first, sizes, interpret, x, weight, bias, initial, documents, initial_document)
+    """See `api.causal_conv1d`: the parts, and what the next call begins with."""
+    y = _outputs(first, sizes, x, weight, bias, initial, documents, initial_document)
     return y, xla.inputs_after(x, weight, initial, documents, initial_document, first)
 
 
 def outputs(x, weight, bias, initial, documents, initial_document, first, sizes):
     """The parts alone."""
-    return _outputs(first, sizes, False, x, weight, bias, initial, documents, initial_document)
+    return _outputs(first, sizes, x, weight, bias, initial, documents, initial_document)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _outputs(first, sizes, interpret, *inputs):
-    plan, prepared = _prepare(first, sizes, interpret, TILE, *inputs)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _outputs(first, sizes, *inputs):
+    plan, prepared = _prepare(first, sizes, TILE, *inputs)
     return _convolve(plan, prepared)
 
 
-def backward(first, sizes, interpret, inputs, cotangents):
+def backward(first, sizes, inputs, cotangents):
     """Gradients of all `inputs` but the documents, from the cotangents of the parts."""
     x, weight, bias, initial, documents, initial_document = inputs
-    plan, prepared = _prepare(first, sizes, interpret, TILE - HALO, *inputs)
+    plan, prepared = _prepare(first, sizes, TILE - HALO, *inputs)
     dx, sums = _gradients(plan, prepared, cotangents)
     rest = x.shape[-1] - first - sum(sizes)
     dx = jnp.pad(dx, [(0, 0)] * 3 + [(first, rest)])
@@ -94,7 +94,7 @@ def backward(first, sizes, interpret, inputs, cotangents):
 
 
 _outputs.defvjp(
-    lambda first, sizes, interpret, *inputs: (_outputs(first, sizes, interpret, *inputs), inputs),
+    lambda first, sizes, *inputs: (_outputs(first, sizes, *inputs), inputs),
     lambda *arguments: (*backward(*arguments), None, None),
 )
 
@@ -127,7 +127,6 @@ class _Plan(NamedTuple):
     step: int
     tiles: int
     piece: int
-    interpret: bool
 
     @property
     def pieces(self) -> int:
@@ -149,7 +148,7 @@ class _Inputs(NamedTuple):
     reach: Any
 
 
-def _prepare(first, sizes, interpret, step, x, weight, bias, initial, documents, initial_document):
+def _prepare(first, sizes, step, x, weight, bias, initial, documents, initial_document):
     (batch, length, groups, channels), taps = x.shape, weight.shape[-1]
     if channels % 8:  # the copy engine counts in 16 bytes
         x, first = x[..., first : first + sum(sizes)], 0
@@ -158,7 +157,7 @@ def _prepare(first, sizes, interpret, step, x, weight, bias, initial, documents,
     if initial is None:
         initial = jnp.zeros((batch, taps - 1, *weight.shape[:-1]))
     tiles = -(-length // step)
-    plan = _Plan(first, sizes, step, tiles, _piece(tiles, batch * groups * sum(sizes) // LANES), interpret)
+    plan = _Plan(first, sizes, step, tiles, _piece(tiles, batch * groups * sum(sizes) // LANES))
     lead, _ = xla.extent(x, documents)
     reach = None
     if documents is not None:
@@ -208,7 +207,7 @@ def _launch(plan, name, body, inputs, others, out_type, scratch):
 
     batch, groups = inputs.x.shape[0], inputs.x.shape[2]
     grid = dict(batch=batch, piece=plan.pieces, group=groups, lanes=sum(plan.sizes) // LANES)
-    run = launch(kernel, name, grid, 1, out_type, scratch, plan.interpret)
+    run = launch(kernel, name, grid, 1, out_type, scratch)
     return run(*given, *others)
 
 

@@ -45,13 +45,6 @@ def outputs(x, weight, bias, initial, documents, initial_document, first, sizes)
     return tuple(jnp.split(y.astype(x.dtype), list(itertools.accumulate(sizes))[:-1], axis=-1))
 
 
-def backward(first, sizes, inputs, cotangents):
-    """Gradients of all `inputs` but the documents, from the cotangents of the parts."""
-    *inputs, documents, initial_document = inputs
-    run = lambda *inputs: outputs(*inputs, documents, initial_document, first, sizes)
-    return jax.vjp(run, *inputs)[1](cotangents)
-
-
 def inputs_after(x, weight, initial, documents, initial_document, first):
     """What the next call begins with."""
     return last_inputs(_channels(x, weight, first), weight.shape[-1] - 1, documents, initial_document, initial)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.choice import by_platform, choose, on_hopper
+from pallas_kernels.choice import by_platform, choose, on_hopper, with_rules
 from pallas_kernels.expert_mlp import mosaic_gather, mosaic_gpu, mosaic_tokens, reference, xla
 from pallas_kernels.norm import Norm
 
@@ -13,18 +13,7 @@ IMPLEMENTATIONS = {"xla": xla.expert_mlp, "mosaic_gpu": mosaic_gpu.expert_mlp, "
 TOKEN_IMPLEMENTATIONS = {"xla": xla.token_mlp, "mosaic_gpu": mosaic_tokens.token_mlp, "reference": reference.token_mlp}
 
 
-@jax.custom_vjp
-def _best(*arguments):
-    return jax.lax.platform_dependent(*arguments, cuda=mosaic_gpu.expert_mlp, default=xla.expert_mlp)
-
-
-# Both platforms in one rule: a conditional is differentiated with what each of its branches saves.
-_best.defvjp(
-    lambda *arguments: (_best(*arguments), arguments),
-    lambda saved, dy: jax.lax.platform_dependent(saved, dy, cuda=mosaic_gpu.backward, default=xla.backward),
-)
-
-
+_best = with_rules((mosaic_gpu.expert_mlp, mosaic_gpu.backward), (xla.expert_mlp, xla.backward))
 _best_for_tokens = by_platform(mosaic_tokens.token_mlp, xla.token_mlp, xla.gathered)
 
 

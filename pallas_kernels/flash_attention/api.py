@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.choice import choose, on_hopper, target
+from pallas_kernels.choice import choose, on_hopper, target, with_rules
 from pallas_kernels.flash_attention import cudnn, mosaic_gpu, reference, xla
 from pallas_kernels.shapes import check_shapes
 
@@ -75,20 +75,6 @@ def _cudnn_on_cuda(*arguments):
     return jax.lax.platform_dependent(*arguments, cuda=cudnn.flash_attention, default=xla.flash_attention)
 
 
-@jax.custom_vjp
-def _by_platform(*arguments):
-    return jax.lax.platform_dependent(*arguments, cuda=mosaic_gpu.flash_attention, default=xla.flash_attention)
-
-
-def _forward(*arguments):
-    out, lse = _by_platform(*arguments)
-    return (out, lse), (*arguments, out, lse)
-
-
-def _backward(saved, cotangents):
-    # One rule for both: a conditional that is differentiated saves what each of its branches needs.
-    gradients = jax.lax.platform_dependent(saved, cotangents, cuda=mosaic_gpu.backward, default=xla.backward)
-    return *gradients, None, None, None
-
-
-_by_platform.defvjp(_forward, _backward)
+_by_platform = with_rules(
+    (mosaic_gpu.flash_attention, mosaic_gpu.backward), (xla.flash_attention, xla.backward), keeps_results=True
+)

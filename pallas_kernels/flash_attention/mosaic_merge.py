@@ -25,7 +25,7 @@ _EACH_PART, _EACH_COLUMN = _LAYOUT.reduce(1), _LAYOUT.reduce(0)
 
 
 def merge(
-    outs: jax.Array, lses: jax.Array, length: int, share: int, dtype: jax.typing.DTypeLike, interpret: bool
+    outs: jax.Array, lses: jax.Array, length: int, share: int, dtype: jax.typing.DTypeLike
 ) -> tuple[jax.Array, jax.Array]:
     """Out [B, T, G * share, 128] in `dtype` and lse [B, T, G * share] of all parts.
 
@@ -69,4 +69,4 @@ def merge(
     )
     grid = {"row": length * share, "batch": batch, "group": groups}
     scratch = [plgpu.SMEM((_WIDTH,), jnp.float32)]
-    return launch(body, "attention_merge", grid, 1, out, scratch, interpret, approximate=False)(outs, lses)
+    return launch(body, "attention_merge", grid, 1, out, scratch, approximate=False)(outs, lses)

@@ -17,13 +17,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import mosaic
 from pallas_kernels.hopper import MATRIX_ROWS
-from pallas_kernels.mosaic import early
 
 ROWS = MATRIX_ROWS  # of a warpgroup
 HEAD_DIM = 128
-# `plgpu.InterpretGPUParams` to run on a CPU.
-INTERPRET = None
 
 _TILED_BF16 = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 _TILED_F32 = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
@@ -119,7 +117,7 @@ def zeros(*shape):
 
 def accumulate(*terms):
     """`acc + a b` for each `(acc, a, b)`, `a` in registers and `b` in shared memory."""
-    if INTERPRET is not None:  # the interpreter takes left operands of wgmma from shared memory only
+    if mosaic.interpreted():  # the interpreter takes left operands of wgmma from shared memory only
         sums = [acc + jnp.dot(a, b[...], preferred_element_type=jnp.float32) for acc, a, b in terms]
         plgpu.commit_smem()  # wgmma reads as TMA writes, through the asynchronous proxy: no fence is between them
         return sums
@@ -150,7 +148,7 @@ def scores_then_sum(scores, total, issued, meanwhile):
       issued: called when both products have been started.
     """
     (q, k), (o, p, v) = scores, total
-    if INTERPRET is not None:
+    if mosaic.interpreted():
         [found] = products((q, k))
         issued()
         return meanwhile(found), accumulate(total)[0]
@@ -178,24 +176,14 @@ def barriers(count, arrivals):
 
 
 def launch(body, out_type, scratch, grid, warpgroups):
-    """A kernel of some consumer warpgroups and, last on axis `wg`, one producer."""
-    return plgpu.kernel(
-        early(body) if INTERPRET is None else body,
-        out_type=out_type,
-        scratch_types=[scratch],
-        grid=tuple(grid.values()),
-        grid_names=tuple(grid),
-        num_threads=warpgroups + 1,
-        thread_name="wg",
-        kernel_name=body.__name__,
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        **({} if INTERPRET is None else {"interpret": INTERPRET}),
-    )
+    """A kernel of some consumer warpgroups and, last on axis `thread`, one producer."""
+    semantics = plgpu.LoweringSemantics.Warpgroup
+    return mosaic.launch(body, body.__name__, grid, warpgroups + 1, out_type, [scratch], semantics=semantics)
 
 
 def roles(warpgroups, produce, consume):
     """Runs one function in the producer and the other in the consumers, with the registers that each needs."""
-    wg = lax.axis_index("wg")
+    wg = lax.axis_index("thread")
 
     @pl.when(wg == warpgroups)
     def _producer():

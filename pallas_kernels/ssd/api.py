@@ -5,12 +5,11 @@ from __future__ import annotations
 import functools
 import math
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import documents as docs
-from pallas_kernels.choice import choose, on_hopper
+from pallas_kernels.choice import choose, on_hopper, rule_of, with_rules
 from pallas_kernels.shapes import check_shapes
 from pallas_kernels.ssd import mosaic_gpu, reference, xla
 
@@ -76,7 +75,7 @@ def ssd(
     run = choose("ssd", IMPLEMENTATIONS, implementation, {"mosaic_gpu": reason})
     inputs, state = (x, dt, A, B, C, D, dt_bias), (initial_state, documents, initial_document)
     if implementation is None and on_hopper("ssd", reason):
-        return _by_platform(dt_limit, chunk_size, *inputs, *state)
+        return _by_platform(dt_limit, chunk_size)(*inputs, *state)
     return run(*inputs, dt_limit, *state, chunk_size)
 
 
@@ -95,18 +94,8 @@ def _check(x, dt, A, B, C, D, dt_bias, initial_state, documents, initial_documen
         raise ValueError(f"ssd: chunk_size must be at least 1, got {chunk_size}")
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _by_platform(dt_limit, chunk_size, *inputs):
-    """The kernels where the program is compiled for CUDA; the platform is not known before."""
-    on = lambda run: lambda *inputs: run(*inputs[:7], dt_limit, *inputs[7:], chunk_size)
-    return jax.lax.platform_dependent(*inputs, cuda=on(mosaic_gpu.ssd), default=on(xla.ssd))
-
-
-def _backward(dt_limit, chunk_size, inputs, cotangents):
-    # One rule for both: a conditional that is differentiated saves what each of its branches needs.
-    kernels = functools.partial(mosaic_gpu.backward, dt_limit, False)
-    plain = functools.partial(xla.backward, dt_limit, chunk_size)
-    return *jax.lax.platform_dependent(inputs, cotangents, cuda=kernels, default=plain), None, None
-
-
-_by_platform.defvjp(lambda *arguments: (_by_platform(*arguments), arguments[2:]), _backward)
+@functools.cache
+def _by_platform(dt_limit, chunk_size):
+    limited = lambda run: lambda *inputs: run(*inputs[:7], dt_limit, *inputs[7:], chunk_size)
+    kernels, plain = limited(mosaic_gpu.ssd), limited(xla.ssd)
+    return with_rules((kernels, functools.partial(mosaic_gpu.backward, dt_limit)), (plain, rule_of(plain, 2)))

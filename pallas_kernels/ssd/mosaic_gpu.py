@@ -68,32 +68,31 @@ def ssd(
     documents,
     initial_document,
     chunk_size,
-    interpret=False,
 ):
-    """See `api.ssd`. `interpret`: on the CPU, with race detection."""
+    """See `api.ssd`."""
     del chunk_size
-    return _ssd(dt_limit, interpret, x, dt, A, B, C, D, dt_bias, initial_state, documents, initial_document)
+    return _ssd(dt_limit, x, dt, A, B, C, D, dt_bias, initial_state, documents, initial_document)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _ssd(dt_limit, interpret, x, dt, A, B, C, D, dt_bias, initial_state, *documents):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _ssd(dt_limit, x, dt, A, B, C, D, dt_bias, initial_state, *documents):
     groups, inputs = x.shape[2], parts.arrange(x, B, C, D, initial_state)
-    steps = mosaic_steps.steps(dt, A, dt_bias, dt_limit, *documents, interpret)
-    y, state = _run(tuning.plan_of(inputs.x, inputs.B, interpret=interpret), inputs, steps)
+    steps = mosaic_steps.steps(dt, A, dt_bias, dt_limit, *documents)
+    y, state = _run(tuning.plan_of(inputs.x, inputs.B), inputs, steps)
     y = rearrange(y, "b t (g h) p -> b t g h p", g=groups)
     state = rearrange(state, "b (g h) p n -> b g h p n", g=groups)
     return y[:, : x.shape[1], ..., : x.shape[-1]], state[..., : x.shape[-1], :]
 
 
-def backward(dt_limit, interpret, inputs, cotangents):
+def backward(dt_limit, inputs, cotangents):
     """Gradients of all `inputs` but documents and initial document, from the cotangents of y and state."""
     # Without the barrier XLA computes the forward passes of all layers again at once, and keeps what they leave.
     inputs, cotangents = lax.optimization_barrier((inputs, cotangents))
-    return mosaic_gpu_backward.gradients(dt_limit, interpret, inputs, cotangents)
+    return mosaic_gpu_backward.gradients(dt_limit, inputs, cotangents)
 
 
 _ssd.defvjp(
-    lambda dt_limit, interpret, *inputs: (_ssd(dt_limit, interpret, *inputs), inputs),
+    lambda dt_limit, *inputs: (_ssd(dt_limit, *inputs), inputs),
     lambda *arguments: (*backward(*arguments), None, None),
 )
 
@@ -141,7 +140,7 @@ def _scan(plan, x, B, C, vectors, skip, before):
         loaded=plgpu.Barrier(num_arrivals=3 + lanes, num_barriers=slots),
         linked=plgpu.Barrier(num_barriers=slots * plan.heads),
         consumed=plgpu.Barrier(num_arrivals=lanes, num_barriers=slots),
-        spare=parts.spare_tiles(lanes, plan.interpret),
+        spare=parts.spare_tiles(lanes),
     )
 
     def body(x, B, C, vectors, skip, *refs):

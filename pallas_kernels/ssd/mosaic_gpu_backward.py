@@ -49,7 +49,7 @@ from pallas_kernels.tiles import pad_to
 _LN2 = math.log(2)
 
 
-def gradients(dt_limit, interpret, inputs, cotangents):
+def gradients(dt_limit, inputs, cotangents):
     """See `mosaic_gpu.backward`."""
     x, dt, A, B, C, D, dt_bias, initial_state, documents, initial_document = inputs
     dy, d_state = cotangents
@@ -57,18 +57,18 @@ def gradients(dt_limit, interpret, inputs, cotangents):
     arranged, pull = jax.vjp(parts.arrange, x, B, C, D, initial_state)
     of_steps = lambda *inputs: mosaic_steps.differentiable(*inputs, dt_limit, *owners)
     _, pull_steps = jax.vjp(of_steps, dt, A, dt_bias)
-    steps = mosaic_steps.steps(dt, A, dt_bias, dt_limit, *owners, interpret)
+    steps = mosaic_steps.steps(dt, A, dt_bias, dt_limit, *owners)
     if documents is not None:
         dy = jnp.where((documents > 0)[..., None, None, None], dy, 0)
     dy = rearrange(pad_to(pad_to(dy, axis=1), 4, ROWS), "b t g h p -> b t (g h) p")
     d_state = rearrange(pad_to(d_state, 3, ROWS), "b g h p n -> b (g h) p n")
-    d_inputs, d_steps = _by_slices(arranged, steps, dy, d_state, interpret)
+    d_inputs, d_steps = _by_slices(arranged, steps, dy, d_state)
     dx, dB, dC, dD, d_initial_state = pull(d_inputs)
     d_dt, dA, d_bias = pull_steps(tuple(a[:, : x.shape[1]] for a in d_steps))
     return dx, d_dt, dA, dB, dC, dD, d_bias, d_initial_state
 
 
-def _by_slices(inputs, steps, dy, d_state, interpret):
+def _by_slices(inputs, steps, dy, d_state):
     """The gradients of `inputs` and of log decays and steps, from scans whose states the registers hold.
 
     Columns of the state never meet but in y, which is a sum over them: a scan is the sum of the scans with slices of B,
@@ -79,7 +79,7 @@ def _by_slices(inputs, steps, dy, d_state, interpret):
         part = lambda a, first=first: a[..., first : first + width]
         skip = jnp.zeros_like(inputs.skip) if found else inputs.skip
         slices = inputs._replace(B=part(inputs.B), C=part(inputs.C), skip=skip, state=part(inputs.state))
-        plan = tuning.plan_of(slices.x, slices.B, interpret=interpret)
+        plan = tuning.plan_of(slices.x, slices.B)
         found.append(_run(plan, slices, steps, dy, part(d_state)))
     if len(found) == 1:
         return found[0]
@@ -187,7 +187,7 @@ def _chunk_gradients(plan, inputs, skip):
         shared_loaded=plgpu.Barrier(num_arrivals=2),
         loaded=plgpu.Barrier(num_arrivals=3 + 2 * slabs, num_barriers=slots),
         consumed=plgpu.Barrier(num_arrivals=2, num_barriers=slots),
-        spare=parts.spare_tiles(2, plan.interpret),
+        spare=parts.spare_tiles(2),
     )
 
     def body(*refs):
@@ -200,7 +200,7 @@ def _chunk_gradients(plan, inputs, skip):
     sums = jax.ShapeDtypeStruct((batch, heads, blocks, len(_Sums._fields), padded), jnp.float32)
     out_type = (jax.ShapeDtypeStruct(x.shape, x.dtype), keys, keys, sums)
     grid = dict(batch=batch, group=groups, chunk=plan.chunks)
-    run = launch(body, "ssd_chunk_gradients", grid, 2, out_type, scratch, plan.interpret)
+    run = launch(body, "ssd_chunk_gradients", grid, 2, out_type, scratch)
     return run(*inputs, skip)
 
 

@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import documents as docs
-from pallas_kernels.mosaic import launch, read
+from pallas_kernels.mosaic import interpreted, launch, read
 from pallas_kernels.ssd.tuning import CHUNK, ROWS
 from pallas_kernels.tiles import pad_to
 
@@ -122,7 +122,7 @@ def launch_walk(plan, body, name, x, pieces, out_type, scratch, threads=None):
     """A kernel whose thread blocks are `Place`s; x: [B, T, K, P]. threads: warpgroups, one more than lanes if None."""
     batch, _, heads, width = x.shape
     grid = dict(batch=batch, heads=heads // plan.heads, blocks=width // ROWS // plan.blocks, piece=pieces)
-    return launch(body, name, grid, threads or 1 + plan.lanes, out_type, scratch, plan.interpret)
+    return launch(body, name, grid, threads or 1 + plan.lanes, out_type, scratch)
 
 
 def matrices(*shape, columns=64):
@@ -175,9 +175,9 @@ def multiply(acc, a, b, spare):
     plgpu.wgmma(acc, a, b)
 
 
-def spare_tiles(lanes, interpret):
+def spare_tiles(lanes):
     """A tile a lane, for the interpreter only."""
-    return plgpu.SMEM((lanes, ROWS, CHUNK), jnp.bfloat16) if interpret else None
+    return plgpu.SMEM((lanes, ROWS, CHUNK), jnp.bfloat16) if interpreted() else None
 
 
 def spare_of(lane, s):
@@ -307,7 +307,7 @@ def _walk_scratch(plan, state_size, keep):
         kept=matrices(lanes, ROWS, state_size) if keep else None,
         loaded=plgpu.Barrier(num_arrivals=2 + lanes, num_barriers=slots),
         consumed=plgpu.Barrier(num_arrivals=lanes, num_barriers=slots),
-        spare=spare_tiles(lanes, plan.interpret),
+        spare=spare_tiles(lanes),
     )
 
 

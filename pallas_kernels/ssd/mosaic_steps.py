@@ -59,7 +59,7 @@ class _Scratch(NamedTuple):
     loaded: Any
 
 
-def steps(dt, A, dt_bias, dt_limit, documents, initial_document, interpret) -> parts.Steps:
+def steps(dt, A, dt_bias, dt_limit, documents, initial_document) -> parts.Steps:
     """Steps of dt [B, T, G, H], heads in the order of groups."""
     (batch, length), heads = dt.shape[:2], dt.shape[2] * dt.shape[3]
     chunks = -(-length // CHUNK)
@@ -104,7 +104,7 @@ def steps(dt, A, dt_bias, dt_limit, documents, initial_document, interpret) -> p
         plgpu.commit_smem()
         vectors.at[batch, heads, STEP, tokens][...] = _transposed(s.fine)
 
-    run = launch(body, "ssd_steps", grid, 1, out_type, scratch, interpret, approximate=False)
+    run = launch(body, "ssd_steps", grid, 1, out_type, scratch, approximate=False)
     vectors, ends = run(dt, flat(A), flat(dt_bias), *kinds)
     return parts.Steps(vectors, ends)
 

@@ -25,7 +25,6 @@ class Plan(NamedTuple):
     Attributes:
       chunks: of the whole sequence, or more. piece: chunks in a piece. slots: chunks in flight.
       heads, blocks: of a thread block: heads, and row blocks of each; one warpgroup for each of these.
-      interpret: on the CPU.
     """
 
     chunks: int
@@ -33,7 +32,6 @@ class Plan(NamedTuple):
     slots: int
     heads: int
     blocks: int
-    interpret: bool
 
     @property
     def pieces(self) -> int:
@@ -49,7 +47,7 @@ class Plan(NamedTuple):
         return CHUNK // self.heads
 
 
-def plan(batch: int, length: int, heads: int, share: int, width: int, state: int, *, interpret: bool) -> Plan:
+def plan(batch: int, length: int, heads: int, share: int, width: int, state: int) -> Plan:
     """The plan for a scan of `heads` heads of which `share` share B and C."""
     blocks = -(-width // ROWS)
     wide = state > 128  # 64 x 256 float32 take half of the registers there are: one warpgroup of states
@@ -59,13 +57,13 @@ def plan(batch: int, length: int, heads: int, share: int, width: int, state: int
     chunks = max(-(-length // CHUNK), _FEWEST_CHUNKS if wide else 1)
     thread_blocks = batch * heads // lane_heads * blocks // lane_blocks
     slots = min(chunks, 2 if wide else 3)
-    return Plan(chunks, _piece(chunks, thread_blocks), slots, lane_heads, lane_blocks, interpret)
+    return Plan(chunks, _piece(chunks, thread_blocks), slots, lane_heads, lane_blocks)
 
 
-def plan_of(x: Any, B: Any, *, interpret: bool) -> Plan:
+def plan_of(x: Any, B: Any) -> Plan:
     """The plan for a scan of x [B, T, K, P] and B [B, T, G, N]."""
     (batch, length, heads, width), (groups, state) = x.shape, B.shape[2:]
-    return plan(batch, length, heads, heads // groups, width, state, interpret=interpret)
+    return plan(batch, length, heads, heads // groups, width, state)
 
 
 def _piece(chunks: int, thread_blocks: int) -> int:

@@ -72,17 +72,6 @@ def step_sizes(dt, dt_bias, dt_limit, documents):
     return dt
 
 
-def backward(dt_limit, chunk_size, inputs, cotangents):
-    """Gradients of all `inputs` but documents and initial document, from the cotangents of y and state."""
-    *inputs, documents, initial_document = inputs
-
-    def run(*inputs):
-        *inputs, initial_state = inputs
-        return ssd(*inputs, dt_limit, initial_state, documents, initial_document, chunk_size)
-
-    return jax.vjp(run, *inputs)[1](cotangents)
-
-
 def _one_token(x, dt, A, B, C, D, state, documents, initial_document):
     if documents is not None:
         continues = documents[:, 0] == initial_document

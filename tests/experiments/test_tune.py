@@ -32,7 +32,7 @@ def blocks():
         matvec.by_rows([(1, 4096), (1, 256), (1, 256)], 2688),
         matvec.by_rows([(6, 1856), (1, 3712)], 2688),
         matvec.by_columns(6 * 29 + 58, 2688),
-        scan.plan(1, 8192, NANO.mamba_num_heads, 8, 64, 128, interpret=False),
+        scan.plan(1, 8192, NANO.mamba_num_heads, 8, 64, 128),
     )
 
 

@@ -11,6 +11,7 @@ from ssd_cases import row_of, without_races
 
 from pallas_kernels.causal_conv1d import causal_conv1d, mosaic_gpu, reference
 
+pytestmark = pytest.mark.usefixtures("interpreter")
 RELATIVE = 2**-8  # half a unit of bfloat16, of the largest value
 NAMES = ("x", "weight", "bias", "initial")
 
@@ -26,18 +27,18 @@ def arguments(length, batch=1, groups=1, sizes=(64,), taps=4, first=0, behind=0)
     )
 
 
-def results(run, values, cotangents, docs, owner, first, sizes, **options):
+def results(run, values, cotangents, docs, owner, first, sizes):
     """Outputs and state; gradients by name."""
 
     def convolve(values):
         inputs = (values[name] for name in NAMES)
-        return run(*inputs, docs, owner, first, sizes, **options)
+        return run(*inputs, docs, owner, first, sizes)
 
     found, pull = jax.vjp(convolve, values)
     return found, pull(cotangents)[0]
 
 
-of_kernel = jax.jit(functools.partial(results, mosaic_gpu.causal_conv1d, interpret=True), static_argnums=(4, 5))
+of_kernel = jax.jit(functools.partial(results, mosaic_gpu.causal_conv1d), static_argnums=(4, 5))
 of_reference = jax.jit(functools.partial(results, reference.causal_conv1d), static_argnums=(4, 5))
 
 

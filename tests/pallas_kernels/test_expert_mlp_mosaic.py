@@ -6,11 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernel_cases import as_bfloat16, random
 from tiny import assert_close
 
-from pallas_kernels import mosaic, persistent
+from pallas_kernels import persistent
 from pallas_kernels.expert_mlp import (
     expert_mlp,
     gather_rows,
@@ -28,21 +27,17 @@ FEATURES, WIDTH, SMALL, MEDIUM, LARGE = 128, 192, 44, 203, 320
 
 
 @pytest.fixture(autouse=True, scope="module")
-def interpreter():
+def small(interpreter):
     """Four multiprocessors, each with three stages; tiles of 16, 64 and 128 rows for the numbers of rows above.
 
     Those of 128 rows are read by clusters of two.
     """
-    jax.clear_caches()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mosaic, "EARLY", False)
         patch.setattr(persistent, "SMS", 4)
         patch.setattr(tuning, "tile_rows", lambda rows, experts: 16 if rows <= SMALL else 64 if rows <= MEDIUM else 128)
         patch.setattr(tuning, "_cut", lambda rows, width: (128, 1 + (rows == 128)))
         patch.setattr(tuning, "_MOST_STAGES", 3)
-        with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
-            yield
-    jax.clear_caches()
+        yield
 
 
 run = jax.jit(lambda *arguments: expert_mlp(*arguments, implementation="mosaic_gpu"))

@@ -21,13 +21,12 @@ NAMES = ("out", "lse", "dq", "dk", "dv")
 
 
 @pytest.fixture
-def interpreted(monkeypatch):
-    from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreter
+def interpreted(interpreter):
+    from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 
-    monkeypatch.setattr(mosaic_parts, "INTERPRET", plgpu.InterpretGPUParams(detect_races=True))
     yield
-    races = interpreter.get_races().races_found
-    interpreter.reset_gpu_interpret_mode_state()
+    races = interpret_pallas_call.get_races().races_found
+    interpret_pallas_call.reset_gpu_interpret_mode_state()
     assert not races
 
 
@@ -47,7 +46,7 @@ def test_parts_of_a_cache(parts, interpreted):
     lses[1, 0], outs[1, 0] = -np.inf, 0
     lses[:, 1, 0, 1], outs[:, 1, 1, 0] = -np.inf, 0
     outs[0, 1, 2, 1] = np.nan
-    out, lse = mosaic_merge.merge(jnp.asarray(outs), jnp.asarray(lses), length, share, jnp.bfloat16, interpret=True)
+    out, lse = mosaic_merge.merge(jnp.asarray(outs), jnp.asarray(lses), length, share, jnp.bfloat16)
     total = np.logaddexp.reduce(lses.astype(np.float64))
     weights = np.exp(lses - np.where(np.isfinite(total), total, 0))
     expected = np.einsum("nbgr,nbrgp->brgp", weights, outs)[:, :share]

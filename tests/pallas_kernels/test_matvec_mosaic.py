@@ -4,11 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernel_cases import as_bfloat16, random
 from tiny import assert_close
 
-from pallas_kernels import mosaic, persistent
+from pallas_kernels import persistent
 from pallas_kernels.matvec import dot_rows, mosaic_gpu, resident, tuning
 from pallas_kernels.matvec.mosaic_gpu import Factors, Stack
 from pallas_kernels.norm import Norm
@@ -18,15 +17,11 @@ pytestmark = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the inte
 
 
 @pytest.fixture(autouse=True, scope="module")
-def interpreter():
+def small(interpreter):
     """Three multiprocessors, so that each has several items."""
-    jax.clear_caches()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mosaic, "EARLY", False)
         patch.setattr(persistent, "SMS", 3)
-        with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
-            yield
-    jax.clear_caches()
+        yield
 
 
 def exact(a):

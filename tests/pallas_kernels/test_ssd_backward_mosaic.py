@@ -11,18 +11,19 @@ from ssd_cases import DOCUMENTS, NO_LIMIT, arguments, masked, short_pieces, with
 
 from pallas_kernels.ssd import mosaic_gpu, reference, tuning
 
+pytestmark = pytest.mark.usefixtures("interpreter")
 NAMES = ("x", "dt", "A", "B", "C", "D", "dt_bias", "initial_state")
 # Links, states and their gradients are rounded to bfloat16 on their way into a product.
 RELATIVE = 2e-2
 
 
-def gradients(run, values, cotangents, docs, owner, limit, finite_pads=False, **options):
+def gradients(run, values, cotangents, docs, owner, limit, finite_pads=False):
     """Gradients by name."""
 
     def scan(inputs):
         inputs = inputs if finite_pads else masked(inputs, docs)
         *inputs, state = (inputs[name] for name in NAMES)
-        return run(*inputs, limit, state, docs, owner, 128, **options)
+        return run(*inputs, limit, state, docs, owner, 128)
 
     return jax.vjp(scan, values)[1](cotangents)[0]
 
@@ -31,7 +32,7 @@ def gradients(run, values, cotangents, docs, owner, limit, finite_pads=False, **
 def of_kernels(limit, piece, finite_pads):
     """`piece` is what the test has patched."""
     del piece
-    return jax.jit(functools.partial(gradients, mosaic_gpu.ssd, limit=limit, finite_pads=finite_pads, interpret=True))
+    return jax.jit(functools.partial(gradients, mosaic_gpu.ssd, limit=limit, finite_pads=finite_pads))
 
 
 of_reference = jax.jit(functools.partial(gradients, reference.ssd), static_argnames="limit")

@@ -12,20 +12,22 @@ from ssd_cases import DOCUMENTS, NO_LIMIT, arguments, masked, short_pieces, with
 from pallas_kernels import choice
 from pallas_kernels.ssd import mosaic_gpu, mosaic_parts, mosaic_steps, reference, ssd, tuning
 
+pytestmark = pytest.mark.usefixtures("interpreter")
+
 # bfloat16 inputs are exact on both sides; the kernels round links, states and weighted inputs to 8 bits on their way
 # into a product, the result once more.
 RELATIVE = 1e-2
 
 
 @functools.cache
-def compiled(implementation, limit, piece, options=(), finite_pads=False):
+def compiled(implementation, limit, piece, finite_pads=False):
     """`f(arguments, documents, owner)`; `piece` is what the test has patched."""
     del piece
 
     def run(values, docs, owner):
         values = values if finite_pads else masked(values, docs)
         inputs = [values[name] for name in ("x", "dt", "A", "B", "C", "D", "dt_bias")]
-        return implementation(*inputs, limit, values["initial_state"], docs, owner, 128, **dict(options))
+        return implementation(*inputs, limit, values["initial_state"], docs, owner, 128)
 
     return jax.jit(run)
 
@@ -35,7 +37,7 @@ def expected(values, docs=None, owner=None, limit=NO_LIMIT):
 
 
 def kernels(values, docs=None, owner=None, limit=NO_LIMIT, finite_pads=False):
-    run = compiled(mosaic_gpu.ssd, limit, tuning._piece, (("interpret", True),), finite_pads)
+    run = compiled(mosaic_gpu.ssd, limit, tuning._piece, finite_pads)
     return without_races(run, values, docs, owner)
 
 
@@ -119,13 +121,13 @@ FAST, SLOW = -1.0, -0.01  # rates at which tokens two chunks away have a weight 
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 def test_piece_states_read_no_token_whose_weight_is_zero(rates, reverse):
     """There it is NaN: in the chunks of a piece that its end is furthest from."""
-    plan = tuning.Plan(chunks=8, piece=4, slots=3, heads=2, blocks=1, interpret=True)
+    plan = tuning.Plan(chunks=8, piece=4, slots=3, heads=2, blocks=1)
     values, chunk = arguments(8 * 64), np.arange(8 * 64) // 64 % 4
     unread = (chunk >= 2 if reverse else chunk < 2) & (SLOW not in rates)
     x = np.where(unread[None, :, None, None], np.nan, np.asarray(values["x"][:, :, 0], np.float32))
     B = np.asarray(values["B"][:, :, 0], np.float32)
     of_one = jnp.full((1, 8 * 64, 1, 2), np.log(np.expm1(1.0)), jnp.float32)
-    found = mosaic_steps.steps(of_one, jnp.array([rates]), jnp.zeros((1, 2)), NO_LIMIT, None, None, True)
+    found = mosaic_steps.steps(of_one, jnp.array([rates]), jnp.zeros((1, 2)), NO_LIMIT, None, None)
     run = functools.partial(mosaic_parts.piece_states, plan, reverse=reverse)
     states, decays = without_races(run, jnp.asarray(x, jnp.bfloat16), values["B"], found, values["initial_state"][:, 0])
     np.testing.assert_array_equal(states[:, :, 0], values["initial_state"][:, 0])
@@ -173,7 +175,7 @@ def test_the_default_on_a_cpu_is_xla(monkeypatch):
 @pytest.mark.parametrize("batch, blocks", [(1, 32), (1, 64), (1, 128), (2, 32), (8, 32), (1, 4)])
 @pytest.mark.parametrize("chunks", [1, 2, 7, 128, 1000])
 def test_pieces_cover_the_sequence_and_fill_the_multiprocessors(batch, blocks, chunks):
-    plan = tuning.plan(batch, chunks * 64, 2 * blocks, 8, 64, 128, interpret=False)
+    plan = tuning.plan(batch, chunks * 64, 2 * blocks, 8, 64, 128)
     assert (plan.pieces - 1) * plan.piece < chunks <= plan.pieces * plan.piece
     work = batch * blocks * chunks
     rounds = -(-batch * blocks * plan.pieces // tuning.SMS)
