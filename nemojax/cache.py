@@ -18,6 +18,7 @@ from nemojax.config import Config
 from nemojax.errors import InputError
 from nemojax.sharding import Cut
 from nemojax.specs import layer_name
+from pallas_kernels.tiles import TILE_ROWS
 
 STATE_DTYPES = ("float32", "float16", "bfloat16")
 
@@ -72,8 +73,9 @@ def init_cache(
     Args:
       config: the model's configuration.
       batch: number of rows.
-      max_len: slots a row: the most tokens, pads included, that all calls together may bring.
-      mesh: where to make it: each device gets its own slice. Slots are rounded up to divide over the sequence axis.
+      max_len: slots a row: the most tokens, pads included, that all calls together may bring. Rounded up to whole
+        tiles of 8 on each device that has some: kernels take no less, and would copy all slots at every token.
+      mesh: where to make it: each device gets its own slice.
       state_dtype: of the Mamba-2 states between calls: `"float32"`, or `"float16"` or `"bfloat16"`, stochastically
         rounded (`pallas_kernels.rounding`). Each call still computes in float32.
 
@@ -86,7 +88,7 @@ def init_cache(
     if state_dtype not in STATE_DTYPES:
         raise InputError(f"init_cache: state_dtype must be one of {', '.join(STATE_DTYPES)}, got {state_dtype!r}")
     if mesh is None:
-        return _empty(config, batch, max_len, state_dtype)
+        return _empty(config, batch, max_len + -max_len % TILE_ROWS, state_dtype)
     cut = Cut.of(mesh, config, batch, length=1)
     make = jax.jit(_empty, static_argnums=(0, 1, 2, 3), out_shardings=cut.shardings(cache_axes(config)))
     return make(config, batch, cut.slots(max_len), state_dtype)

@@ -93,7 +93,7 @@ def backbone(
         hidden, states, captured = run(segments, params, tokens, states, fits)
     else:
         cut = Cut.of(mesh, config, *tokens.shape)
-        if cache is not None and cut.slots(cache.max_len) != cache.max_len:
+        if cache is not None and cache.max_len % mesh.shape["sequence"]:
             raise InputError(
                 f"cache of {cache.max_len} slots does not divide over the mesh {describe(mesh)}; make it with "
                 f"init_cache(..., mesh=mesh), which rounds up to {cut.slots(cache.max_len)}"

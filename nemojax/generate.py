@@ -15,7 +15,6 @@ from nemojax import checks, forward
 from nemojax.cache import Cache, init_cache
 from nemojax.errors import InputError
 from nemojax.model import Nemotron
-from pallas_kernels.tiles import TILE_ROWS
 
 
 class Sampling(NamedTuple):
@@ -147,10 +146,7 @@ def _generate(params, tokens, segment_ids, sampling, *, model, max_new_tokens, s
 
     head = lambda hidden: forward.head(params, hidden, config, mesh=model.mesh, implementation=model.implementation)
     with jax.named_scope("prefill"):
-        slots = length + max_new_tokens - 1
-        # Whole tiles: a kernel would copy all slots at every token to make them so.
-        slots += -slots % TILE_ROWS
-        cache = init_cache(config, batch, slots, mesh=model.mesh, state_dtype=state_dtype)
+        cache = init_cache(config, batch, length + max_new_tokens - 1, mesh=model.mesh, state_dtype=state_dtype)
         prompt = run(tokens, segment_ids, cache)
         hidden = _last_real(prompt.hidden, segment_ids)
         token = choose_token(head(hidden)[:, 0], 0)

@@ -26,6 +26,7 @@ from nemojax.axis import Axis
 from nemojax.config import Config
 from nemojax.errors import InputError
 from nemojax.specs import flatten, model_specs, unflatten
+from pallas_kernels.tiles import TILE_ROWS
 
 AXES = ("data", "expert", "tensor", "sequence")
 
@@ -253,8 +254,8 @@ class Cut:
         return jax.lax.with_sharding_constraint(array, self.shardings(PartitionSpec("batch")))
 
     def slots(self, max_len: int) -> int:
-        """Cache slots, rounded up so that they divide."""
-        return max_len + -max_len % self.mesh.shape["sequence"]
+        """Cache slots, rounded up so that each device has whole tiles of them."""
+        return max_len + -max_len % (TILE_ROWS * self.mesh.shape["sequence"])
 
     def shardings(self, axes: Any) -> Any:
         """`NamedSharding` for every `PartitionSpec` of logical axes."""

@@ -98,7 +98,7 @@ def rule_of(function: Callable, integers: int) -> Callable:
     """The rule (see `with_rules`) that JAX derives for all arguments of `function` but the last `integers`."""
 
     def rule(arguments, cotangents):
-        values, rest = arguments[:-integers], arguments[-integers:]
+        values, rest = arguments[: len(arguments) - integers], arguments[len(arguments) - integers :]
         return jax.vjp(lambda *values: function(*values, *rest), *values)[1](cotangents)
 
     return rule

@@ -39,9 +39,10 @@ def too_old() -> str | None:
 def interpreted() -> bool:
     """Whether what is traced now goes to JAX's interpreter of such kernels, on the CPU.
 
-    JAX knows it in `plgpu.force_gpu_interpret_mode`, and traces anew for it, but does not say it.
+    JAX knows it in `plgpu.force_gpu_interpret_mode`, and traces anew for it, but has no public way to ask.
     """
-    return config.pallas_tpu_interpret_mode_context_manager.value is not None
+    state = getattr(config, "pallas_tpu_interpret_mode_context_manager", None)
+    return state is not None and state.value is not None
 
 
 def read(ref: Any, layout: Any = ROW_LAYOUT) -> Any:

@@ -16,8 +16,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import mosaic
-from pallas_kernels.hopper import MATRIX_ROWS, SMS
+from pallas_kernels import hopper, mosaic
+from pallas_kernels.hopper import MATRIX_ROWS
 
 PEER = "peer"  # axis of the thread blocks of a cluster
 DEPTH = 64  # elements of 16 bits in 128 bytes, the width of a swizzled row
@@ -82,7 +82,7 @@ def run(
     do first, while the ring fills.
     """
     thread, consumers = lax.axis_index("thread"), blocks.consumers
-    walk = functools.partial(_walk, count, SMS // blocks.cluster)
+    walk = functools.partial(_walk, count, hopper.SMS // blocks.cluster)
 
     @pl.when(thread == consumers)
     def _():
@@ -215,7 +215,7 @@ def launch(
         empty(num_arrivals=blocks.consumers, num_barriers=stages),
         *scratch,
     ]
-    grid, cluster = {"block": SMS // blocks.cluster}, {PEER: blocks.cluster}
+    grid, cluster = {"block": hopper.SMS // blocks.cluster}, {PEER: blocks.cluster}
     how = dict(cluster=cluster, before=before, semantics=semantics, approximate=False)
     return mosaic.launch(unpacked, body.__name__, grid, blocks.consumers + 1, out, shared, **how)(*operands)
 

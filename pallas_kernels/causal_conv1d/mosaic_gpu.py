@@ -33,8 +33,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import hopper
 from pallas_kernels.causal_conv1d import xla
-from pallas_kernels.hopper import SMS
 from pallas_kernels.mosaic import COLUMNS, EACH_COLUMN, EACH_ROW, ROW_LAYOUT, across, down, launch, read, too_old
 
 LANES = COLUMNS  # channels of a thread block
@@ -169,8 +169,8 @@ def _prepare(first, sizes, step, x, weight, bias, initial, documents, initial_do
 def _piece(tiles, walks):
     """Tiles of a thread block: the multiprocessor with the most has as few as may be, if it can in 4 or more blocks."""
     pieces = range(1, max(1, tiles // _SHORTEST_PIECE) + 1)
-    pieces = [count for count in pieces if walks * count >= 4 * SMS] or pieces[-1:]
-    most = lambda count: -(-walks * count // SMS) * -(-tiles // count)
+    pieces = [count for count in pieces if walks * count >= 4 * hopper.SMS] or pieces[-1:]
+    most = lambda count: -(-walks * count // hopper.SMS) * -(-tiles // count)
     return -(-tiles // min(pieces, key=most))
 
 

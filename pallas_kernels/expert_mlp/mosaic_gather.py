@@ -17,8 +17,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import hopper
 from pallas_kernels.choice import with_gradient_of
-from pallas_kernels.hopper import RESERVED, SHARED_MEMORY, SMS
+from pallas_kernels.hopper import RESERVED, SHARED_MEMORY
 from pallas_kernels.mosaic import launch, too_old
 from pallas_kernels.persistent import DEPTH
 from pallas_kernels.tiles import pad_to
@@ -32,8 +33,8 @@ def supports(x: jax.Array, index: jax.Array) -> str | None:
     """Why the kernel cannot run on such arrays, or None if it can."""
     if x.dtype != jnp.bfloat16:
         return f"x is {x.dtype}, but must be bfloat16"
-    if index.shape[0] == 0 or x.shape[0] == 0:
-        return f"{index.shape[0]} of {x.shape[0]} rows are asked for"
+    if index.size == 0 or x.size == 0:
+        return f"{index.shape[0]} of x {x.shape} are asked for"
     if x.shape[1] % DEPTH:
         return f"rows of {x.shape[1]} are no multiple of {DEPTH}"
     if not _together(x.shape[1]) or not _fold(x.shape[1]):
@@ -60,8 +61,8 @@ def _gather(x, index):
 
     def gather_rows(x, index, out, slots, full):
         block = lax.axis_index("block")
-        mine = lax.div(groups - block + SMS - 1, SMS)
-        first = lambda i: pl.multiple_of((block + i * SMS) * together, together)
+        mine = lax.div(groups - block + hopper.SMS - 1, hopper.SMS)
+        first = lambda i: pl.multiple_of((block + i * hopper.SMS) * together, together)
 
         def fetch(i):
             slot = lax.rem(i, _SLOTS)
@@ -87,7 +88,7 @@ def _gather(x, index):
         plgpu.Barrier(num_arrivals=together, num_barriers=_SLOTS),
     ]
     out = jax.ShapeDtypeStruct((index.shape[0], *folded), x.dtype)
-    run = launch(gather_rows, "gather_rows", {"block": SMS}, 1, out, scratch)
+    run = launch(gather_rows, "gather_rows", {"block": hopper.SMS}, 1, out, scratch)
     return run(x.reshape(-1, *folded), index).reshape(-1, width)[:count]
 
 

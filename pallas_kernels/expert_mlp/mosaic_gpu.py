@@ -58,8 +58,8 @@ def supports(x: jax.Array, up: jax.Array, down: jax.Array) -> str | None:
         return f"x is {x.dtype}, up {up.dtype} and down {down.dtype}, but all must be bfloat16"
     if up.shape[1] % DEPTH or up.shape[2] % DEPTH:
         return f"the widths {up.shape[1]} and {up.shape[2]} are not both multiples of {DEPTH}"
-    if x.shape[0] == 0:
-        return "there are no rows"
+    if 0 in (*x.shape, *up.shape):
+        return f"there is nothing to multiply in x {x.shape} and up {up.shape}"
     return too_old()
 
 

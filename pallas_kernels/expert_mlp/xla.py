@@ -77,6 +77,8 @@ def _each_expert(rows, group_sizes, step, carry):
     `blocks(body, carry)` runs `carry = body(block, at, own, carry)` over its blocks: `block` rows from row `at` on, of
     which the first `own` are its own.
     """
+    if group_sizes.shape[0] == 0:
+        return carry
     sizes = _sizes(rows, group_sizes.shape[0])
     starts = jnp.cumsum(group_sizes) - group_sizes
     (present,) = jnp.nonzero(group_sizes, size=group_sizes.shape[0], fill_value=0)

@@ -72,7 +72,7 @@ def flash_attention(
 
 
 def _cudnn_on_cuda(*arguments):
-    return jax.lax.platform_dependent(*arguments, cuda=cudnn.flash_attention, default=xla.flash_attention)
+    return jax.lax.platform_dependent(*arguments, cuda=cudnn.with_all_gradients, default=xla.flash_attention)
 
 
 _by_platform = with_rules(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.flash_attention import xla
+
 
 def supports(q, k, v, start, documents) -> str | None:
     """Why cuDNN cannot handle these arguments, or None. Whether it is installed shows when it is called."""
@@ -26,8 +28,19 @@ def flash_attention(q, k, v, start, documents, key_documents):
       RuntimeError: cuDNN is not installed.
     """
     del start, documents, key_documents
-    out, lse = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn", return_residual=True)
+    out, lse = _attend(q, k, v)
     return out, _without_gradient(lse)
+
+
+def with_all_gradients(q, k, v, start, documents, key_documents):
+    """`flash_attention`, where `xla` computes the gradient of the log-sum-exp if it is asked for."""
+    del documents, key_documents
+    out, lse = _attend(q, k, v)
+    return out, _with_gradient(lse, q, k, v, start, out)
+
+
+def _attend(q, k, v):
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn", return_residual=True)
 
 
 def installed(q, k, v) -> bool:
@@ -49,3 +62,19 @@ def _refuse(_, cotangent):
 
 
 _without_gradient.defvjp(lambda lse: (lse, None), _refuse)
+
+
+@jax.custom_vjp
+def _with_gradient(lse, q, k, v, start, out):
+    del q, k, v, start, out
+    return lse
+
+
+def _backward(saved, d_lse):
+    lse, q, k, v, start, out = saved
+    saved = (q, k, v, start, None, None, out, lse)
+    dq, dk, dv = xla.backward(saved, (jnp.zeros_like(out), d_lse))
+    return jnp.zeros_like(lse), dq, dk, dv, None, jnp.zeros_like(out)
+
+
+_with_gradient.defvjp(lambda *arguments: (arguments[0], arguments), _backward)

@@ -71,8 +71,8 @@ def flash_attention(q, k, v, start, documents, key_documents):
     rows = q.shape[1]
     outs, lses = _forward_kernel(*(pad_to(a, axis=1) for a in (q, k, v)), view, blocks)
     if blocks.splits > 1:
-        return merge(outs, lses, length, share, k.dtype)
-    out, lse = outs[0, :, :rows].astype(k.dtype), lses[0, :, :, :rows]
+        return merge(outs, lses, length, share, q.dtype)
+    out, lse = outs[0, :, :rows].astype(q.dtype), lses[0, :, :, :rows]
     if blocks.pack:
         out = rearrange(out, "b (t h) g p -> b t (g h) p", h=share)
         return out, rearrange(lse, "b g (t h) -> b t (g h)", h=share)

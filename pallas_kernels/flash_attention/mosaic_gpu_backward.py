@@ -33,6 +33,7 @@ def backward(saved, cotangents):
     batch, length, heads, _ = q.shape
     size, groups = k.shape[1:3]
     blocks = tuning.backward(batch, length, size, heads, groups, documents is not None)
+    q, d_out = without_pads(documents, q, d_out)
     k, v = without_pads(key_documents, k, v)
     seen = jnp.isfinite(lse)
     row_sum = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1) - jnp.where(seen, d_lse, 0)

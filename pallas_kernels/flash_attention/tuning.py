@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from pallas_kernels.hopper import SMS
+from pallas_kernels import hopper
 from pallas_kernels.tuned import tuned
 
 # Query heads of one key/value head share tiles of 64 rows while there are at most this many (queries times heads).
@@ -49,7 +49,7 @@ def forward(batch: int, length: int, size: int, heads: int, groups: int) -> Forw
         return Forward(*(tuned("flash_attention forward", length, size, heads, groups) or []))
     # Decoding: so few tiles that only parts of the cache can occupy the processors.
     tiles, blocks = batch * groups * -(-rows // 64), -(-size // Forward.keys)
-    return Forward(warpgroups=1, pack=True, splits=max(1, min(blocks, SMS // tiles)))
+    return Forward(warpgroups=1, pack=True, splits=max(1, min(blocks, hopper.SMS // tiles)))
 
 
 def backward(batch: int, length: int, size: int, heads: int, groups: int, packed: bool) -> Backward:
@@ -58,6 +58,6 @@ def backward(batch: int, length: int, size: int, heads: int, groups: int, packed
         return Backward(*found)
     share = heads // groups
     tiles = batch * groups * -(-size // 128)  # the first ones are seen by all queries, the last ones by few
-    chunks = next((c for c in range(1, share) if share % c == 0 and tiles * c >= 3 * SMS), share)
+    chunks = next((c for c in range(1, share) if share % c == 0 and tiles * c >= 3 * hopper.SMS), share)
     # The mask of documents takes registers: 128 keys would spill.
     return Backward(keys=64 if packed else 128, chunks=chunks)

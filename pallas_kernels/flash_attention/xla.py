@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from pallas_kernels.documents import without_pads
 from pallas_kernels.flash_attention import reference
 
 QUERY_BLOCK = 256
@@ -25,20 +26,37 @@ def flash_attention(q, k, v, start, documents, key_documents):
     """See `api.flash_attention`."""
     if q.size == 0 or k.size == 0:
         return reference.flash_attention(q, k, v, start, documents, key_documents)
-    query = rearrange(q * q.shape[-1] ** -0.5, "b t (g h) p -> b g h t p", g=k.shape[2])
-    out, lse = _attend(query, k, v, start, documents, key_documents)
+    return _flash_attention(q, k, v, start, documents, key_documents)
+
+
+@jax.custom_vjp
+def _flash_attention(q, k, v, start, documents, key_documents):
+    out, lse = _attend(_by_group(q, k), k, v, start, documents, key_documents)
     return rearrange(out, "b g h t p -> b t (g h) p").astype(q.dtype), rearrange(lse, "b g h t -> b t (g h)")
+
+
+def _forward(*arguments):
+    results = _flash_attention(*arguments)
+    return results, (*arguments, *results)
 
 
 def backward(saved, cotangents):
     """Gradients of q, k and v from the arguments and results of `flash_attention`, and the cotangents of these."""
     q, k, v, start, documents, key_documents, out, lse = saved
-    scale = q.shape[-1] ** -0.5
-    by_group = lambda a: rearrange(a, "b t (g h) ... -> b g h t ...", g=k.shape[2])
-    wide = lambda a: by_group(a).astype(jnp.float32)
-    arguments = (by_group(q * scale), k, v, start, documents, key_documents)
-    dq, dk, dv, *_ = _backward((*arguments, wide(out), wide(lse)), tuple(map(wide, cotangents)))
-    return rearrange(dq, "b g h t p -> b t (g h) p") * scale, dk, dv
+    d_out, d_lse = cotangents
+    q, d_out = without_pads(documents, q, d_out)
+    k, v = without_pads(key_documents, k, v)
+    wide = lambda a: _by_group(a, k).astype(jnp.float32)
+    where = (start, documents, key_documents)
+    dq, dk, dv = _gradients(_by_group(q, k), k, v, *where, *map(wide, (out, lse, d_out, d_lse)))
+    return rearrange(dq, "b g h t p -> b t (g h) p"), dk, dv
+
+
+_flash_attention.defvjp(_forward, lambda *arguments: (*backward(*arguments), None, None, None))
+
+
+def _by_group(a, k):
+    return rearrange(a, "b t (g h) ... -> b g h t ...", g=k.shape[2])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,12 +113,11 @@ def _visible(i, j, queries, keys, start, documents, key_documents):
 
 def _scores(q_block, k_block, visible):
     scores = jnp.einsum("bghtp,bsgp->bghts", q_block, k_block, preferred_element_type=jnp.float32)
-    return jnp.where(visible, scores, -jnp.inf)
+    return jnp.where(visible, scores * q_block.shape[-1] ** -0.5, -jnp.inf)
 
 
-@jax.custom_vjp
 def _attend(q, k, v, start, documents, key_documents):
-    """q [B, G, H, T, P] (scaled), k and v [B, S, G, P] -> out [B, G, H, T, P] and lse [B, G, H, T], float32."""
+    """q [B, G, H, T, P], k and v [B, S, G, P] -> out [B, G, H, T, P] and lse [B, G, H, T], float32."""
     queries, keys = _blocks(q.shape[3], k.shape[1])
     where = (queries, keys, start, documents, key_documents)
 
@@ -134,14 +151,8 @@ def _attend(q, k, v, start, documents, key_documents):
     return jax.lax.scan(query_block, empty, jnp.arange(queries.count))[0]
 
 
-def _forward(q, k, v, start, documents, key_documents):
-    out, lse = _attend(q, k, v, start, documents, key_documents)
-    return (out, lse), (q, k, v, start, documents, key_documents, out, lse)
-
-
-def _backward(saved, cotangents):
-    q, k, v, start, documents, key_documents, out, lse = saved
-    d_out, d_lse = cotangents
+def _gradients(q, k, v, start, documents, key_documents, out, lse, d_out, d_lse):
+    """Those of q, k and v, as `_attend` takes them; `out` to `d_lse` as it gives them."""
     queries, keys = _blocks(q.shape[3], k.shape[1])
     where = (queries, keys, start, documents, key_documents)
     finite_lse = jnp.where(jnp.isfinite(lse), lse, 0)
@@ -161,7 +172,7 @@ def _backward(saved, cotangents):
             visible = _visible(i, j, *where) & fresh
             p = jnp.exp(_scores(q_block, k_block, visible) - lse_block[..., None])
             dp = jnp.einsum("bghtp,bsgp->bghts", do_block, v_block)
-            ds = jnp.where(visible, p * (dp - sum_block[..., None]), 0)
+            ds = jnp.where(visible, p * (dp - sum_block[..., None]), 0) * q.shape[-1] ** -0.5
             dq_block += jnp.einsum("bghts,bsgp->bghtp", ds, k_block)
             dk = _add(dk, jnp.einsum("bghts,bghtp->bsgp", ds, q_block), keys.start(j), 1)
             dv = _add(dv, jnp.einsum("bghts,bghtp->bsgp", p, do_block), keys.start(j), 1)
@@ -173,12 +184,9 @@ def _backward(saved, cotangents):
 
     zeros = tuple(jnp.zeros(a.shape, jnp.float32) for a in (q, k, v))
     (dq, dk, dv), _ = jax.lax.scan(query_block, zeros, jnp.arange(queries.count))
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None, None
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
 
 
 def _add(whole, part, at, axis):
     old = jax.lax.dynamic_slice_in_dim(whole, at, part.shape[axis], axis)
     return jax.lax.dynamic_update_slice_in_dim(whole, old + part, at, axis)
-
-
-_attend.defvjp(_forward, _backward)

@@ -36,7 +36,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import persistent
+from pallas_kernels import hopper, persistent
 from pallas_kernels.choice import with_gradient_of
 from pallas_kernels.hopper import MATRIX_ROWS
 from pallas_kernels.matvec import resident, tuning, xla
@@ -84,6 +84,8 @@ def supports(x: jax.Array, *matrices: jax.Array, norm: Norm | None = None) -> st
         return f"x is {dtypes[0]}, the matrices {', '.join(map(str, dtypes[1:]))}, but all must be bfloat16"
     if not 0 < x.shape[0] <= MATRIX_ROWS:
         return f"there are {x.shape[0]} rows, not 1 to {MATRIX_ROWS}"
+    if 0 in (x.shape[1], *(n for m in matrices for n in m.shape)):
+        return f"there is nothing to multiply in x {x.shape} and matrices {[m.shape for m in matrices]}"
     if x.shape[1] % DEPTH or any(m.shape[-2] % _ALIGN for m in matrices):
         return f"of matrices {[m.shape[-2:] for m in matrices]}, rows must be multiples of {_ALIGN}, columns of {DEPTH}"
     return too_old()
@@ -225,7 +227,7 @@ def _known(stacks):
 def _fetch_known(matrices, places, begins, blocks, steps):
     """The first weights that no other kernel has a say in, into the L2; items from `begins` on have such."""
     block = lax.axis_index("block")
-    number = block + pl.cdiv(jnp.maximum(begins - block, 0), persistent.SMS) * persistent.SMS
+    number = block + pl.cdiv(jnp.maximum(begins - block, 0), hopper.SMS) * hopper.SMS
 
     @pl.when((number < places.total) & (lax.axis_index("thread") == blocks.consumers))
     def _():

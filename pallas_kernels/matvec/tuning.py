@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from pallas_kernels import persistent
+from pallas_kernels import hopper
 from pallas_kernels.hopper import MATRIX_ROWS, RESERVED, SHARED_MEMORY
 from pallas_kernels.persistent import DEPTH
 from pallas_kernels.tuned import tuned
@@ -46,7 +46,7 @@ def by_rows(counts: Sequence[tuple[int, int]], length: int, resident: int | None
 
     def cost(columns):
         items = sum(matrices * -(-rows // columns) for matrices, rows in counts)
-        return -(-items // persistent.SMS) * (columns + _OVERHEAD), -columns
+        return -(-items // hopper.SMS) * (columns + _OVERHEAD), -columns
 
     numbers = itertools.chain.from_iterable(counts)
     (columns,) = tuned("matvec rows", length, *numbers) or [min(range(16, _WIDEST + 1, 8), key=cost)]
@@ -60,7 +60,7 @@ def by_columns(steps: int, width: int) -> Blocks:
     blocks = -(-width // DEPTH)
 
     def cost(parts):
-        return -(-blocks * parts // persistent.SMS) * (-(-steps // parts) + _OVERHEAD // 2), parts
+        return -(-blocks * parts // hopper.SMS) * (-(-steps // parts) + _OVERHEAD // 2), parts
 
     (parts,) = tuned("matvec columns", steps, width) or [min(range(1, min(steps, 16) + 1), key=cost)]
     return _with_stages(DEPTH, DEPTH, parts)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from pallas_kernels.hopper import MATRIX_ROWS, SMS
+from pallas_kernels import hopper
+from pallas_kernels.hopper import MATRIX_ROWS
 from pallas_kernels.tuned import tuned
 
 CHUNK = 64  # tokens: the fewest products a token (the state costs 2 P N whatever the chunk, the links 2 (N + P) chunk)
@@ -77,7 +78,7 @@ def _piece(chunks: int, thread_blocks: int) -> int:
 
     def time(piece):
         pieces = -(-chunks // piece)
-        first, second = (-(-n * thread_blocks // SMS) for n in (pieces - 1, pieces))
+        first, second = (-(-n * thread_blocks // hopper.SMS) for n in (pieces - 1, pieces))
         earlier = (pieces - 1) * (second + 1) / 2
         return piece * (_FIRST_PASS * first + second) + _EARLIER * earlier
 

@@ -8,7 +8,7 @@ import pytest
 from kernel_cases import as_bfloat16, random
 from ptx_cases import agree, exact, on_the_machine
 
-from pallas_kernels import persistent
+from pallas_kernels import hopper
 from pallas_kernels.expert_mlp import token_mlp
 from pallas_kernels.mamba_step import mamba_step
 from pallas_kernels.matvec import dot_rows
@@ -18,7 +18,7 @@ from pallas_kernels.router import Rule, choose_experts
 
 @pytest.fixture(autouse=True)
 def few_multiprocessors(monkeypatch):
-    monkeypatch.setattr(persistent, "SMS", 4)
+    monkeypatch.setattr(hopper, "SMS", 4)
 
 
 @pytest.mark.parametrize("rows", [1, 3], ids=["one-row", "three-rows"])

@@ -11,8 +11,8 @@ from kernel_cases import as_bfloat16, random
 from ptx_cases import agree, exact, on_the_machine
 
 from experiments.ptx_machine import Schedule, kernels_on_the_machine, laws
-from pallas_kernels import persistent
-from pallas_kernels.expert_mlp import expert_mlp, gather_rows, mosaic_gather, mosaic_gpu, tuning
+from pallas_kernels import hopper, persistent
+from pallas_kernels.expert_mlp import expert_mlp, gather_rows, mosaic_gpu, tuning
 
 TO_TILES, TO_ROWS, PER_EXPERT = (f"expert_mlp_{name}" for name in ("to_tiles", "to_rows", "per_expert"))
 
@@ -20,8 +20,8 @@ TO_TILES, TO_ROWS, PER_EXPERT = (f"expert_mlp_{name}" for name in ("to_tiles", "
 @pytest.fixture(autouse=True)
 def few_multiprocessors(monkeypatch):
     """Four of them: two clusters. From 200 rows on, tiles have 128."""
-    monkeypatch.setattr(persistent, "SMS", 4)
-    monkeypatch.setattr(mosaic_gather, "SMS", 3)
+    monkeypatch.setattr(hopper, "SMS", 4)
+    monkeypatch.setattr(hopper, "SMS", 3)
     monkeypatch.setattr(tuning, "tile_rows", lambda rows, experts: 128 if rows >= 200 else 16)
     monkeypatch.setattr(tuning, "_cut", lambda rows, width: (128, 1 + (rows == 128)))
     monkeypatch.setattr(tuning, "_MOST_STAGES", 3)

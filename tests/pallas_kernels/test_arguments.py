@@ -11,7 +11,7 @@ from step_cases import arguments as step_arguments
 from step_cases import options as step_options
 
 from pallas_kernels.causal_conv1d import causal_conv1d
-from pallas_kernels.expert_mlp import gather_rows, token_mlp
+from pallas_kernels.expert_mlp import expert_mlp, gather_rows, token_mlp
 from pallas_kernels.flash_attention import flash_attention
 from pallas_kernels.mamba_step import mamba_step
 from pallas_kernels.matvec import dot_rows
@@ -84,6 +84,17 @@ def tokens(rows=2):
     )
 
 
+def experts(count=2, width=64, columns=64):
+    matrices = floats(1, count, width, columns)
+    return dict(
+        x=floats(0, 3, columns),
+        up=matrices,
+        down=matrices,
+        weights=floats(2, 3),
+        group_sizes=jnp.zeros(count, jnp.int32).at[:1].set(2),
+    )
+
+
 OPERATIONS = {
     ssd: scan,
     causal_conv1d: convolution,
@@ -139,6 +150,10 @@ EMPTY = {
     "step-no-rows": (mamba_step, step(batch=0)),
     "choice-no-rows": (choose_experts, choice(rows=0)),
     "tokens-no-rows": (token_mlp, tokens(rows=0)),
+    "experts-no-experts": (expert_mlp, experts(count=0)),
+    "experts-no-width": (expert_mlp, experts(width=0)),
+    "experts-no-columns": (expert_mlp, experts(columns=0)),
+    "gather-no-columns": (gather_rows, dict(x=jnp.zeros((3, 0)), index=jnp.zeros(4, jnp.int32))),
 }
 
 

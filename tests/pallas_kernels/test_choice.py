@@ -4,6 +4,7 @@ import logging
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from kernel_cases import as_bfloat16, random
 
@@ -73,7 +74,7 @@ def test_arrays_that_the_kernels_refuse_are_said(said):
 def test_other_nvidia_gpus_use_cudnn_where_they_can(installed, options, used, monkeypatch):
     monkeypatch.setattr(cudnn, "installed", lambda *arrays: installed)
     traced = []
-    monkeypatch.setattr(cudnn, "flash_attention", lambda *a: traced.append("cudnn") or xla.flash_attention(*a))
+    monkeypatch.setattr(cudnn, "with_all_gradients", lambda *a: traced.append("cudnn") or xla.flash_attention(*a))
     with jax.sharding.use_abstract_mesh(mesh_of("NVIDIA A100-SXM4-80GB")):
         program(*arguments(), **options)
     assert bool(traced) is used
@@ -100,7 +101,18 @@ def test_cudnn_refuses_what_it_cannot_do(options, message):
         flash_attention(*arguments(), implementation="cudnn", **options)
 
 
-def test_cudnn_has_no_gradient_of_the_log_sum_exp():
+def test_cudnn_lets_plain_jax_differentiate_the_log_sum_exp(monkeypatch):
+    """Where it is only the default; its own gradient, of the output, is emulated here."""
+    q, k, v = arguments(dtype=jnp.float32)
+    start = jnp.zeros(len(q), jnp.int32)
+    monkeypatch.setattr(cudnn, "_attend", lambda *qkv: xla.flash_attention(*qkv, start, None, None))
+    cotangents = jnp.cos(jnp.arange(q.size, dtype=jnp.float32)).reshape(q.shape), jnp.sin(q[..., 0])
+    pull = lambda run: jax.vjp(lambda *qkv: run(*qkv, start, None, None), q, k, v)[1](cotangents)
+    for found, wanted in zip(pull(cudnn.with_all_gradients), pull(xla.flash_attention), strict=True):
+        np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
+def test_cudnn_by_name_has_no_gradient_of_the_log_sum_exp():
     lse = jnp.ones((1, 4, 2))
     with pytest.raises(NotImplementedError, match="gradient of the log-sum-exp"):
         jax.grad(lambda lse: cudnn._without_gradient(lse).sum())(lse)

@@ -9,11 +9,10 @@ import pytest
 from kernel_cases import as_bfloat16, random
 from tiny import assert_close
 
-from pallas_kernels import persistent
+from pallas_kernels import hopper
 from pallas_kernels.expert_mlp import (
     expert_mlp,
     gather_rows,
-    mosaic_gather,
     mosaic_gpu,
     reference,
     token_mlp,
@@ -33,7 +32,7 @@ def small(interpreter):
     Those of 128 rows are read by clusters of two.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(persistent, "SMS", 4)
+        patch.setattr(hopper, "SMS", 4)
         patch.setattr(tuning, "tile_rows", lambda rows, experts: 16 if rows <= SMALL else 64 if rows <= MEDIUM else 128)
         patch.setattr(tuning, "_cut", lambda rows, width: (128, 1 + (rows == 128)))
         patch.setattr(tuning, "_MOST_STAGES", 3)
@@ -116,7 +115,7 @@ def test_gradients(races_found):
 @pytest.mark.parametrize("rows, width, count", [(5, 64, 8), (3, 192, 200), (7, 2688, 40)])
 def test_gather_rows(rows, width, count, races_found, monkeypatch):
     """More groups than slots, on some multiprocessors more than on others; rows that are asked for often, or never."""
-    monkeypatch.setattr(mosaic_gather, "SMS", 3)
+    monkeypatch.setattr(hopper, "SMS", 3)
     x, index = as_bfloat16(random(0, rows, width)), jnp.asarray(np.random.default_rng(1).integers(0, rows, count))
     pull = lambda run: jax.vjp(lambda x: run(x, index), x)
     y, back = pull(jax.jit(lambda x, index: gather_rows(x, index, implementation="mosaic_gpu")))

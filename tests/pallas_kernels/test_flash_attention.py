@@ -1,8 +1,10 @@
 """flash_attention: `xla` against `reference`, with blocks so small that every edge is crossed."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from kernel_cases import as_bfloat16, call, documents, fill_pads, implementations_agree, random
+from kernel_cases import as_bfloat16, call, documents, fill_pads, implementations_agree, random, same_infinities
 
 from pallas_kernels.flash_attention import flash_attention, xla
 
@@ -80,6 +82,23 @@ def test_nan_at_pads_is_not_seen(rows):
     assert np.isneginf(np.asarray(lse)[docs == 0]).all()
 
 
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@pytest.mark.parametrize("rows", [DOCUMENTS["pads-between"], DOCUMENTS["only-pads"]], ids=["between", "only-pads"])
+def test_nan_at_pads_is_not_seen_by_gradients(rows, implementation):
+    """Of the inputs and of the output's cotangent."""
+    docs = jnp.asarray(documents(*rows))
+    clean = tuple(jnp.asarray(a) for a in arguments(2, 12, 12).values())
+    cotangents = jnp.asarray(random(3, *clean[0].shape)), jnp.where(docs > 0, 1.0, 0.0)[..., None] * jnp.ones(4)
+    of = {"documents": docs, "key_documents": docs, "implementation": implementation}
+    gradients = jax.jit(lambda qkv, dy: jax.vjp(lambda *qkv: flash_attention(*qkv, **of), *qkv)[1](dy))
+    dirty = lambda a: jnp.asarray(fill_pads(np.asarray(a), np.asarray(docs), np.nan))
+    wanted = gradients(clean, (fill_pads(cotangents[0], docs, 0), cotangents[1]))
+    found = gradients(tuple(map(dirty, clean)), (dirty(cotangents[0]), cotangents[1]))
+    for name, f, w in zip("qkv", found, wanted, strict=True):
+        np.testing.assert_array_equal(f, w, err_msg=name)
+        assert not np.asarray(f)[np.asarray(docs) == 0].any(), name
+
+
 CACHED_DOCUMENTS = {
     "goes-on": ([4, 6], ["aaa", "aaa"], ["aaaaaaa.....", "..aaaaaaa..."]),
     "starts-anew": ([4, 6], ["bbb", "bbc"], ["aaaabbb.....", "..aaaabbc..."]),
@@ -135,8 +154,11 @@ def test_keys_in_two_stretches_make_the_whole(cut):
 def test_bfloat16(length, start):
     values = {name: as_bfloat16(value) for name, value in arguments(2, length, 11).items()}
     check(values, start, relative=2e-2)
-    out, lse = call(flash_attention, **values, start=np.array(start, np.int32))
+    start = np.array(start, np.int32)
+    out, lse = call(flash_attention, **values, start=start)
     assert out.dtype == np.dtype("bfloat16") and lse.dtype == np.float32
+    exact = {name: np.asarray(value, np.float32) for name, value in values.items()}
+    same_infinities(lse, call(flash_attention, **exact, start=start)[1], 1e-6)  # nothing is rounded on its way there
 
 
 @pytest.mark.usefixtures("annotations_off")

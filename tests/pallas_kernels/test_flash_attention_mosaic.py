@@ -10,8 +10,8 @@ import pytest
 from kernel_cases import random, same_infinities
 from tiny import assert_close
 
-from pallas_kernels import choice
-from pallas_kernels.flash_attention import flash_attention, mosaic_gpu, mosaic_merge, mosaic_parts, reference, tuning
+from pallas_kernels import choice, hopper
+from pallas_kernels.flash_attention import flash_attention, mosaic_gpu, mosaic_merge, mosaic_parts, reference
 
 plgpu = pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
 if not hasattr(plgpu, "InterpretGPUParams"):
@@ -102,14 +102,14 @@ def test_gradients_of_documents():
 @pytest.mark.parametrize("length", [1, 2])
 def test_decode(length, monkeypatch):
     """Rows at different slots of a long cache, which is read in more parts than some rows have blocks."""
-    monkeypatch.setattr(tuning, "SMS", 12)
+    monkeypatch.setattr(hopper, "SMS", 12)
     check(*arguments(length, 400, 6, 2, batch=2), [0, 400 - length])
 
 
 @pytest.mark.usefixtures("interpreted")
 def test_decode_with_documents(monkeypatch):
     """Pads in the cache hold nan, and one row is a pad itself."""
-    monkeypatch.setattr(tuning, "SMS", 6)
+    monkeypatch.setattr(hopper, "SMS", 6)
     slots = np.stack([numbers((0, 5), (1, 150), (2, 45), (0, 100)), numbers((1, 20), (0, 10), (1, 200), (0, 70))])
     q, k, v = arguments(1, 300, 4, 1, batch=2)
     where = [jnp.asarray(a, jnp.int32) for a in ([199, 229], [[2], [0]], slots)]

@@ -7,7 +7,7 @@ import pytest
 from kernel_cases import as_bfloat16, random
 from tiny import assert_close
 
-from pallas_kernels import persistent
+from pallas_kernels import hopper
 from pallas_kernels.matvec import dot_rows, mosaic_gpu, resident, tuning
 from pallas_kernels.matvec.mosaic_gpu import Factors, Stack
 from pallas_kernels.norm import Norm
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the inte
 def small(interpreter):
     """Three multiprocessors, so that each has several items."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(persistent, "SMS", 3)
+        patch.setattr(hopper, "SMS", 3)
         yield
 
 

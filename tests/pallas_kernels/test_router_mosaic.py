@@ -9,6 +9,7 @@ import pytest
 import router_cases as cases
 from tiny import assert_close
 
+from pallas_kernels import hopper
 from pallas_kernels.router import Rule, choose_experts
 
 pytestmark = [
@@ -27,6 +28,17 @@ def test_equals_reference(rows, experts, rule, races_found):
     arrays = cases.arguments(rows, experts)
     ids, weights = run(*arrays, rule=rule)
     expected_ids, expected = choose_experts(*arrays, rule, implementation="reference")
+    np.testing.assert_array_equal(ids, expected_ids)
+    assert_close(weights, expected, 1e-6)
+    assert not races_found()
+
+
+def test_rows_that_do_not_come_in_eights(races_found, monkeypatch):
+    """Too many for a warpgroup each."""
+    monkeypatch.setattr(hopper, "SMS", 1)
+    arrays = cases.arguments(13, 70)
+    ids, weights = jax.jit(functools.partial(run, rule=Rule(3)))(*arrays)
+    expected_ids, expected = choose_experts(*arrays, Rule(3), implementation="reference")
     np.testing.assert_array_equal(ids, expected_ids)
     assert_close(weights, expected, 1e-6)
     assert not races_found()

@@ -9,7 +9,7 @@ import pytest
 from kernel_cases import documents, fill_pads, random
 from ssd_cases import DOCUMENTS, NO_LIMIT, arguments, masked, short_pieces, without_races  # noqa: F401
 
-from pallas_kernels import choice
+from pallas_kernels import choice, hopper
 from pallas_kernels.ssd import mosaic_gpu, mosaic_parts, mosaic_steps, reference, ssd, tuning
 
 pytestmark = pytest.mark.usefixtures("interpreter")
@@ -178,6 +178,6 @@ def test_pieces_cover_the_sequence_and_fill_the_multiprocessors(batch, blocks, c
     plan = tuning.plan(batch, chunks * 64, 2 * blocks, 8, 64, 128)
     assert (plan.pieces - 1) * plan.piece < chunks <= plan.pieces * plan.piece
     work = batch * blocks * chunks
-    rounds = -(-batch * blocks * plan.pieces // tuning.SMS)
+    rounds = -(-batch * blocks * plan.pieces // hopper.SMS)
     if chunks >= 128:
-        assert rounds * plan.piece * tuning.SMS <= 1.4 * work
+        assert rounds * plan.piece * hopper.SMS <= 1.4 * work

@@ -75,6 +75,6 @@ def test_fewer_key_value_heads_than_shards_are_whole_on_each():
 def test_cache_lies_in_slices():
     cache = init_cache(CONFIG, 4, 30, mesh=make_mesh("data=2,tensor=2,sequence=2"))
     piece = lambda array: array.addressable_shards[0].data.shape
-    assert cache.max_len == 30 and init_cache(CONFIG, 1, 30, mesh=make_mesh("sequence=8")).max_len == 32
-    assert piece(cache.layers["layers_03"].k) == (2, 15, 1, 8)
+    assert cache.max_len == 32 and init_cache(CONFIG, 1, 30, mesh=make_mesh("sequence=8")).max_len == 64
+    assert piece(cache.layers["layers_03"].k) == (2, 16, 1, 8)
     assert piece(cache.layers["layers_00"].ssm) == (2, 4, 2, 8, 8)
