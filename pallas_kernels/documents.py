@@ -3,7 +3,7 @@
 `documents` is int32 [B, T]: 0 marks padding, positive numbers mark documents and never decrease along a row (pads
 aside), so a token belongs to the same document as an earlier one exactly if their numbers are equal. `None` means that
 the whole row is one document without padding. State that comes from earlier tokens belongs to the document
-`initial_document` [B].
+`initial_document` [B], and no token has a smaller number: a document that is over does not come back.
 """
 
 from __future__ import annotations
@@ -22,6 +22,17 @@ def current(documents: Int[Array, "B T"], initial_document: Int[Array, "B"]) -> 
 def last(documents: Int[Array, "B T"], initial_document: Int[Array, "B"]) -> Int[Array, "B"]:
     """The document that is open after the last position."""
     return jnp.maximum(documents.max(axis=1, initial=0), initial_document)
+
+
+def state_in_use(
+    documents: Int[Array, "B T"] | None, initial_document: Int[Array, "B"] | None, state: Float[Array, "B ..."]
+) -> Float[Array, "B ..."]:
+    """Zeros in rows that have tokens, but none of the state's document: 0 * NaN would carry its NaN on."""
+    if documents is None:
+        return state
+    goes_on = (documents == initial_document[:, None]) & (documents > 0)
+    is_over = (documents > 0).any(axis=1) & ~goes_on.any(axis=1)
+    return jnp.where(is_over.reshape(-1, *(1,) * (state.ndim - 1)), 0, state)
 
 
 def without_pads(documents: Int[Array, "B T"] | None, *arrays: Float[Array, "B T ..."]) -> tuple[Array, ...]:

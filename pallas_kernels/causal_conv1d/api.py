@@ -48,7 +48,7 @@ def causal_conv1d(
         (`pallas_kernels.choice`).
 
     Returns:
-      The outputs in x's dtype, zero at pads; and the `initial` of the next call.
+      The outputs, zero at pads, and the `initial` of the next call, all in x's dtype.
 
     Raises:
       ValueError: shapes that do not belong together, or inputs that the named implementation does not support.
@@ -57,6 +57,8 @@ def causal_conv1d(
     _check(x, weight, bias, first, sizes, initial, documents, initial_document)
     if documents is not None and initial_document is None:
         initial_document = jnp.zeros(documents.shape[:1], documents.dtype)
+    if initial is not None:
+        initial = initial.astype(x.dtype)
     reason = mosaic_gpu.supports(x, weight, sizes)
     run = choose("causal_conv1d", IMPLEMENTATIONS, implementation, {"mosaic_gpu": reason})
     inputs = (x, weight, bias, initial, documents, initial_document)

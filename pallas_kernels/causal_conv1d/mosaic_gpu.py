@@ -185,13 +185,13 @@ def _reach(documents, initial_document, lead, history):
     return jnp.where(documents > 0, jnp.where(from_earlier, history, before), -1)
 
 
-def _stored_length(plan, length, groups):
-    """Tokens of an output in memory: whole tiles where a tile may be contiguous, with one group of 64 channels.
+def _stored_length(plan, length, groups, channels):
+    """Tokens of an output in memory: whole tiles where these are contiguous, with one group of 64 channels.
 
     Such a tile leaves as one linear copy, which is clipped at the end of the array, not of the row: what a last tile
     has behind the end would go into the next row, of this batch or of one that `vmap` adds.
     """
-    return plan.tiles * plan.step if groups == 1 else length
+    return plan.tiles * plan.step if groups == 1 and channels == LANES else length
 
 
 def _launch(plan, name, body, inputs, others, out_type, scratch):
@@ -303,7 +303,7 @@ class _Scratch(NamedTuple):
 def _convolve(plan, inputs):
     """The parts, [B, T, G, size]."""
     batch, length, groups, _ = inputs.x.shape
-    stored, slots = _stored_length(plan, length, groups), min(plan.piece, _SLOTS)
+    slots = min(plan.piece, _SLOTS)
     scratch = _Scratch(_tiles(slots, HALO + TILE), _tiles(2, TILE), plgpu.Barrier(num_barriers=slots))
 
     def body(inputs, _, y, s):
@@ -337,7 +337,8 @@ def _convolve(plan, inputs):
 
         plgpu.wait_smem_to_gmem(0)
 
-    out_type = tuple(jax.ShapeDtypeStruct((batch, stored, groups, size), jnp.bfloat16) for size in plan.sizes)
+    stored = lambda size: (batch, _stored_length(plan, length, groups, size), groups, size)
+    out_type = tuple(jax.ShapeDtypeStruct(stored(size), jnp.bfloat16) for size in plan.sizes)
     y = _launch(plan, "causal_conv1d", body, inputs, (), out_type, scratch)
     return tuple(part[:, :length] for part in y)
 
@@ -356,7 +357,7 @@ def _gradients(plan, inputs, dy):
     """dx, [B, T, G, C]; the gradients of weights, oldest first, and bias, [W + 1, G, C] float32."""
     batch, length, groups, _ = inputs.x.shape
     taps, _, channels = inputs.taps.shape
-    stored, slots = _stored_length(plan, length, groups), min(plan.piece, _SLOTS)
+    stored, slots = _stored_length(plan, length, groups, channels), min(plan.piece, _SLOTS)
     scratch = _GradientScratch(
         x=_tiles(slots, HALO + TILE),
         dy=_tiles(slots, TILE),

@@ -21,10 +21,10 @@ def causal_conv1d(x, weight, bias, initial, documents, initial_document, first, 
         value, document = token
         is_real, is_new = document > 0, (document > 0) & (document != owner)
         window = jnp.where(is_new[:, None, None, None], 0, window)
-        full = jnp.concatenate([window, value[:, None]], axis=1)
+        keep = is_real[:, None, None]
+        full = jnp.where(keep[..., None], jnp.concatenate([window, value[:, None]], axis=1), 0)
         out = jnp.einsum("bwgc,gcw->bgc", full.astype(jnp.float32), weight.astype(jnp.float32))
         out = jax.nn.silu(out + (0 if bias is None else bias.astype(jnp.float32)))
-        keep = is_real[:, None, None]
         window = jnp.where(keep[..., None], full[:, 1:], window)
         return (window, jnp.where(is_real, document, owner)), jnp.where(keep, out, 0).astype(x.dtype)
 

@@ -28,8 +28,7 @@ def outputs(x, weight, bias, initial, documents, initial_document, first, sizes)
     x = _channels(x, weight, first)
     length, taps = x.shape[1], weight.shape[-1]
     weight = weight.astype(jnp.float32)
-    if documents is not None:
-        x = jnp.where((documents > 0)[..., None, None], x, 0)  # a pad may hold NaN, which no later mask would undo
+    (x,) = docs.without_pads(documents, x)
     y = 0.0 if bias is None else bias.astype(jnp.float32)
     for age in range(min(taps, length)):
         value = shift(x, age).astype(jnp.float32) * weight[..., taps - 1 - age]
@@ -38,10 +37,9 @@ def outputs(x, weight, bias, initial, documents, initial_document, first, sizes)
         y += value
     if initial is not None and taps > 1:
         lead, _ = extent(x, documents)
+        initial = docs.state_in_use(documents, initial_document, initial)
         y += _from_initial(initial, weight, x, lead, documents, initial_document)
-    y = jax.nn.silu(y)
-    if documents is not None:
-        y = jnp.where((documents > 0)[..., None, None], y, 0)
+    (y,) = docs.without_pads(documents, jax.nn.silu(y))
     return tuple(jnp.split(y.astype(x.dtype), list(itertools.accumulate(sizes))[:-1], axis=-1))
 
 

@@ -14,7 +14,7 @@ from pallas_kernels.ssd import reference as scan
 def mamba_step(projected, conv_state, ssm_state, conv_weight, conv_bias, A_log, D, dt_bias, dt_limit, rows):
     """See `api.mamba_step`; `rows` are documents, initial documents and places."""
     documents, initial, place = rows
-    documents, tokens = documents[:, None], projected[:, None]
+    documents, tokens = documents[:, None], jnp.where((documents > 0)[:, None, None], projected, 0)[:, None]
     *_, heads, width, size = ssm_state.shape
     inner = heads * width
     z, dt = tokens[..., :inner], tokens[..., 2 * inner + 2 * size :]

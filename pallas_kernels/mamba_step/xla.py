@@ -14,6 +14,7 @@ from pallas_kernels.ssd.step import step, step_size
 def mamba_step(projected, conv_state, ssm_state, conv_weight, conv_bias, A_log, D, dt_bias, dt_limit, rows):
     """See `api.mamba_step`; `rows` are documents, initial documents and places."""
     documents, initial, place = rows
+    projected = jnp.where((documents > 0)[:, None, None], projected, 0)  # see `documents.without_pads`
     (*_, heads, width, size), f32 = ssm_state.shape, jnp.float32
     inner = heads * width
     z, _, dt = jnp.split(projected, [inner, 2 * inner + 2 * size], axis=-1)

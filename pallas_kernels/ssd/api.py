@@ -52,12 +52,13 @@ def ssd(
       initial_document: document that `initial_state` belongs to; default 0 (none) with `documents`.
       finite_pads: x, B and C hold neither inf nor NaN at pads, nor what becomes that in a product, as `causal_conv1d`
         leaves them. Otherwise they may hold anything there, which costs a pass over all three.
-      chunk_size: most tokens a chunk; changes the blocking, not the result.
+      chunk_size: most tokens a chunk, in plain JAX, which takes up to 64; changes the blocking, not the result.
       implementation: `"xla"`, `"mosaic_gpu"` (Hopper), `"reference"`, or None for the default
         (`pallas_kernels.choice`).
 
     Returns:
-      y in x's dtype (unspecified at pads) and the state after the last token, float32.
+      y in x's dtype (unspecified at pads) and the state after the last token, float32. A token that is inf or NaN may
+      spread to all tokens of its chunk, and to all later ones, whatever their document.
 
     Raises:
       ValueError: shapes that do not belong together, a chunk size below 1, or inputs that the named implementation
@@ -68,8 +69,10 @@ def ssd(
         initial_state = jnp.zeros((x.shape[0], *x.shape[2:], B.shape[-1]), jnp.float32)
     if documents is not None and initial_document is None:
         initial_document = jnp.zeros(documents.shape[:1], documents.dtype)
+    initial_state = docs.state_in_use(documents, initial_document, initial_state)
     if not finite_pads:
         x, B, C = docs.without_pads(documents, x, B, C)
+    dt_limit = tuple(map(float, dt_limit))
     A, D, dt_bias, initial_state = (a.astype(jnp.float32) for a in (A, D, dt_bias, initial_state))
     reason = mosaic_gpu.supports(x, B, C)
     run = choose("ssd", IMPLEMENTATIONS, implementation, {"mosaic_gpu": reason})

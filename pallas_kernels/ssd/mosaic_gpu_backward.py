@@ -3,7 +3,7 @@
 In the notation of `mosaic_gpu.py`, with S the state before a chunk and G the gradient of the state behind it:
          dS    = exp(a_end) G + (dy^T exp(a)) C                       the G of the chunk before
          E     = (dy x^T) exp(a_l - a_s) dt_s for s <= l              dy x^T is the gradient of the links
-         dx    = links^T dy + w (B G^T)                               w_s = exp(a_end - a_s) dt_s
+         dx    = links^T dy + w (B G^T) + D dy                        w_s = exp(a_end - a_s) dt_s
          dB    = E^T C + (w x) G      dC = E B + exp(a) (dy S)        summed over the heads of a group
   1. S walks forward and G walks backward through the same two kernels (`mosaic_parts.piece_states`, `chunk_states`),
      which leave both for every chunk, bfloat16.

@@ -121,7 +121,7 @@ class Place:
 def launch_walk(plan, body, name, x, pieces, out_type, scratch, threads=None):
     """A kernel whose thread blocks are `Place`s; x: [B, T, K, P]. threads: warpgroups, one more than lanes if None."""
     batch, _, heads, width = x.shape
-    grid = dict(batch=batch, heads=heads // plan.heads, blocks=width // ROWS // plan.blocks, piece=pieces)
+    grid = dict(blocks=width // ROWS // plan.blocks, batch=batch, heads=heads // plan.heads, piece=pieces)
     return launch(body, name, grid, threads or 1 + plan.lanes, out_type, scratch)
 
 

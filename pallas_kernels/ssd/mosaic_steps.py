@@ -77,11 +77,11 @@ def steps(dt, A, dt_bias, dt_limit, documents, initial_document) -> parts.Steps:
         fine=parts.floats(_ZEROS + CHUNK, _PITCH),
         loaded=plgpu.Barrier(),
     )
-    grid = dict(batch=batch, chunk=chunks, heads=padded // _HEADS)
+    grid = dict(batch=batch, heads=padded // _HEADS, chunk=chunks)  # the last axis alone may be over 65,535
 
     def body(dt, A, dt_bias, *refs):
         owners, (vectors, ends, *scratch) = refs[: len(kinds)], refs[len(kinds) :]
-        batch, chunk, tile = (lax.axis_index(name) for name in grid)
+        batch, tile, chunk = (lax.axis_index(name) for name in grid)
         heads = pl.ds(tile * _HEADS, _HEADS)
         tokens = pl.ds(chunk * CHUNK, CHUNK)
         s = _Scratch(*scratch)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.documents import without_pads
+
 
 def ssd(x, dt, A, B, C, D, dt_bias, dt_limit, initial_state, documents, initial_document, chunk_size):
     """See `api.ssd`."""
@@ -13,6 +15,7 @@ def ssd(x, dt, A, B, C, D, dt_bias, dt_limit, initial_state, documents, initial_
         documents = jnp.ones(x.shape[:2], jnp.int32)
         initial_document = jnp.ones(x.shape[:1], jnp.int32)
     dtype = x.dtype
+    (dt,) = without_pads(documents, dt)
     x, dt, B, C = (a.astype(jnp.float32) for a in (x, dt, B, C))
     low, high = dt_limit
     dt = jnp.minimum(jnp.maximum(jnp.logaddexp(dt + dt_bias, 0.0), low), high)

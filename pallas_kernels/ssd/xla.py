@@ -9,7 +9,7 @@ A document that starts inside a chunk cuts three of these links, and nothing els
 incoming state, incoming state to outgoing state. Padding has dt = 0, which is the identity of the scan.
 
 Long sequences go through in spans of a few chunks, so that memory does not grow with the number of chunk states
-(2 MiB each for Nano: all of them at once would be 17 GB a layer at 1M tokens).
+(2 MiB each for Nano: all of them at once would be 34 GB a layer at 1M tokens).
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def _running_sum(log_decay):
     """Running sum over a chunk in two parts whose differences stay exact.
 
     A float32 sum near -1000 is off by 3e-5, which a difference of two such sums passes on to exp(). The coarse part is
-    a multiple of 2^-6, so its sums (below 2^15 over 256 tokens) are exact in float32; the fine part stays small.
+    a multiple of 2^-6, so its sums (below 2^13 over 64 tokens) are exact in float32; the fine part stays small.
     """
     coarse = jnp.round(log_decay * 64) / 64
     return jnp.cumsum(coarse, axis=-1), jnp.cumsum(log_decay - coarse, axis=-1)
