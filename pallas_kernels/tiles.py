@@ -8,7 +8,7 @@ import jax.numpy as jnp
 TILE_ROWS = 8
 
 
-def pad_to(a: jax.Array, axis: int, many: int = TILE_ROWS, value: float = 0) -> jax.Array:
+def pad_to(a: jax.Array, axis: int, many: int = TILE_ROWS, value: float = 0.0) -> jax.Array:
     """`a` with `value` behind it, to a multiple of `many` along `axis`. A copy only where some are missing."""
     missing, axis = -a.shape[axis] % many, axis % a.ndim
     widths = [(0, missing if i == axis else 0) for i in range(a.ndim)]

@@ -1,6 +1,6 @@
 """Attention for Hopper: TMA loads, wgmma products, and the softmax while these run.
 
-A tile is 2 x 64 query rows of one head. A producer warpgroup streams blocks of keys and values into shared memory. Each
+A tile is 2 x 64 queries of one head. A producer warpgroup streams blocks of keys and values into shared memory. Each
 of two consumer warpgroups keeps 64 rows, and at block j does
 
     s = q k_j^T            wgmma, both operands in shared memory
@@ -15,9 +15,9 @@ Roofline: a block of 128 keys costs 4 * 128 * 128 * 128 operations of a tile aga
 prefill is bound by the tensor cores, and behind them by exp2: 16 a clock and multiprocessor, half of the time of the
 products.
 
-Decoding has one query a row. Its heads that share a key/value head become the rows of one tile, so every key is read
-once, and the cache is split into parts which are merged by their log-sum-exp. It is bound by memory: 4 P bytes a slot
-and key/value head.
+Few queries, one in decoding, are packed: the heads that share a key/value head become rows t * share + h of tiles that
+one consumer has, so a key is read once for all of them, and the keys are split into parts, which `mosaic_merge` merges
+by their log-sum-exp. That is bound by memory: 4 P bytes a slot and key/value head.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from pallas_kernels.flash_attention import tuning
 from pallas_kernels.flash_attention.mosaic_gpu_backward import backward
 from pallas_kernels.flash_attention.mosaic_merge import merge
 from pallas_kernels.flash_attention.mosaic_parts import HEAD_DIM, ROWS
+from pallas_kernels.flash_attention.view import view_of
 from pallas_kernels.mosaic import LOG2E, too_old
 from pallas_kernels.tiles import pad_to
 
@@ -67,7 +68,7 @@ def flash_attention(q, k, v, start, documents, key_documents):
     else:
         # The packed kernel does this where it reads a pad; here a pass over v is nothing beside the products.
         (v,) = without_pads(key_documents, v)
-    view = parts.view(length, share, ROWS * blocks.warpgroups, size, blocks.keys, start, documents, key_documents)
+    view = view_of(length, share, ROWS * blocks.warpgroups, size, blocks.keys, start, documents, key_documents)
     rows = q.shape[1]
     outs, lses = _forward_kernel(*(pad_to(a, axis=1) for a in (q, k, v)), view, blocks)
     if blocks.splits > 1:
@@ -104,7 +105,7 @@ class _ForwardScratch(NamedTuple):
     turn: jax.Array
 
 
-def _forward_scratch(blocks, packed, out_dtype):
+def _forward_scratch(blocks, documents, out_dtype):
     n, stages = blocks.warpgroups, blocks.stages
     numbers = lambda *shape: plgpu.SMEM(shape, jnp.int32)
     return _ForwardScratch(
@@ -112,12 +113,12 @@ def _forward_scratch(blocks, packed, out_dtype):
         k=parts.bfloat16(stages, blocks.keys, HEAD_DIM),
         v=parts.bfloat16(stages, blocks.keys, HEAD_DIM),
         position=numbers(n, ROWS),
-        document=numbers(n, ROWS) if packed else None,
-        key_document=numbers(stages, blocks.keys) if packed else None,
+        document=numbers(n, ROWS) if documents else None,
+        key_document=numbers(stages, blocks.keys) if documents else None,
         out=None if out_dtype == jnp.bfloat16 else parts.float32(n, ROWS, HEAD_DIM),  # bfloat16 goes where q was
         lse=plgpu.SMEM((n, ROWS), jnp.float32),
-        q_ready=parts.barriers(1, n * (3 if packed else 2)),
-        k_ready=parts.barriers(stages, 2 if packed else 1),
+        q_ready=parts.barriers(1, n * (3 if documents else 2)),
+        k_ready=parts.barriers(stages, 2 if documents else 1),
         v_ready=parts.barriers(stages, 1),
         k_free=parts.barriers(stages, n),
         v_free=parts.barriers(stages, n),
@@ -126,32 +127,33 @@ def _forward_scratch(blocks, packed, out_dtype):
 
 
 def _forward_kernel(q, k, v, view, blocks):
-    """q [B, R, H, P], k and v [B, S, G, P] -> out [splits, B, R, H, P] and lse [splits, B, H, whole tiles]."""
-    (batch, _, heads, width), groups, splits = q.shape, k.shape[2], blocks.splits
-    tiles = view.ranges.shape[1]
-    packed, share = view.document is not None, heads // groups
+    """q [B, R, H, P], k and v [B, S, G, P] -> out [splits, B, R, H, P] and lse [splits, B, H, whole tiles].
+
+    Packed queries come with R = T * share and H = G.
+    """
+    (batch, _, heads, width), splits, tiles = q.shape, blocks.splits, view.ranges.shape[1]
+    share = heads // k.shape[2]
     out_dtype = jnp.dtype(q.dtype if splits == 1 else jnp.float32)
 
-    def attention_forward(q_ref, k_ref, v_ref, ranges_ref, position_ref, document_refs, out_ref, lse_ref, scratch):
-        s, b, h = scratch, lax.axis_index("batch"), lax.axis_index("head")
+    def attention_forward(q, position, document, keys, ranges, out_ref, lse_ref, s):
+        b, h = lax.axis_index("batch"), lax.axis_index("head")
         # The last tiles see the most keys: they start first.
         tile = tiles - 1 - lax.div(lax.axis_index("tile"), splits)
         split = lax.rem(lax.axis_index("tile"), splits)
-        first, whole_first, whole_end, end = parts.block_range(ranges_ref, b, tile)
-        low, high = (first + lax.div((end - first) * (split + i), splits) for i in (0, 1))
+        seen = parts.Range.read(ranges, b, tile)
+        low, high = (seen.first + lax.div((seen.end - seen.first) * (split + i), splits) for i in (0, 1))
         rows_of = lambda wg: pl.ds((tile * blocks.warpgroups + wg) * ROWS, ROWS)
 
         def produce():
             for wg in range(blocks.warpgroups):
-                plgpu.copy_gmem_to_smem(q_ref.at[b, rows_of(wg), h], s.q.at[wg], s.q_ready)
-                plgpu.copy_gmem_to_smem(position_ref.at[b, rows_of(wg)], s.position.at[wg], s.q_ready)
-                if packed:
-                    plgpu.copy_gmem_to_smem(document_refs[0].at[b, rows_of(wg)], s.document.at[wg], s.q_ready)
-            parts.stream_keys(low, high, b, lax.div(h, share), (k_ref, v_ref, document_refs[1:]), s, blocks)
+                plgpu.copy_gmem_to_smem(q.at[b, rows_of(wg), h], s.q.at[wg], s.q_ready)
+                plgpu.copy_gmem_to_smem(position.at[b, rows_of(wg)], s.position.at[wg], s.q_ready)
+                if document is not None:
+                    plgpu.copy_gmem_to_smem(document.at[b, rows_of(wg)], s.document.at[wg], s.q_ready)
+            parts.stream_keys(low, high, b, lax.div(h, share), keys, s, blocks)
 
         def consume(wg):
-            is_whole = lambda j: (j >= whole_first) & (j < whole_end)
-            out, lse = _softmax_loop(wg, low, high, is_whole, s, blocks, width**-0.5 * LOG2E)
+            out, lse = _softmax_loop(wg, low, high, seen.is_whole, s, blocks, width**-0.5 * LOG2E)
             out_smem = s.q if s.out is None else s.out
             out_smem[wg] = out.astype(out_dtype)
             s.lse[wg] = lse
@@ -167,10 +169,9 @@ def _forward_kernel(q, k, v, view, blocks):
         jax.ShapeDtypeStruct((splits, batch, heads, tiles * blocks.warpgroups * ROWS), jnp.float32),
     ]
     grid = {"tile": tiles * splits, "batch": batch, "head": heads}
-    run = parts.launch(
-        attention_forward, out_type, _forward_scratch(blocks, packed, out_dtype), grid, blocks.warpgroups
-    )
-    return run(q, k, v, view.ranges, view.position, view.documents)
+    scratch = _forward_scratch(blocks, view.document is not None, out_dtype)
+    run = parts.launch(attention_forward, out_type, scratch, grid, blocks.warpgroups)
+    return run(q, view.position, view.document, parts.Keys(k, v, view.key_document), view.ranges)
 
 
 def _softmax_loop(wg, low, high, is_whole, s, blocks, scale):

@@ -1,18 +1,10 @@
-"""What the forward and the backward pass of the Hopper attention share: who sees whom, and the steps of a kernel.
-
-Which blocks a tile visits is computed on the device before a kernel (`_ranges`): [first, end) hold a visible pair,
-and inside [whole_first, whole_end) every pair is visible, so no mask is applied. The kernels know positions and
-documents only as arrays per row, and the edges of T and S only as what TMA does there: it reads zeros, and writes
-nothing.
-"""
+"""What the forward and the backward pass of the Hopper attention share: the steps of a kernel."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
-from einops import rearrange
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -25,72 +17,6 @@ HEAD_DIM = 128
 
 _TILED_BF16 = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 _TILED_F32 = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
-
-
-# Host side.
-
-
-class View(NamedTuple):
-    """What the kernels know of positions and documents.
-
-    Attributes:
-      position: int32 [B, R] of every query row. document: the same, -1 for pads; None without documents.
-      key_document: int32 [B, S], whole blocks. ranges: int32 [B, tiles, 4], see `_ranges`.
-    """
-
-    position: jax.Array
-    document: jax.Array | None
-    key_document: jax.Array | None
-    ranges: jax.Array
-
-    @property
-    def documents(self):
-        """What a kernel takes as an optional operand."""
-        return () if self.document is None else (self.document, self.key_document)
-
-
-def view(length, share, tile, size, block, start, documents, key_documents, by_key=False):
-    """The view of tiles of `tile` rows, `share` rows a query, on blocks of `block` keys; or the other way round."""
-    pad = lambda rows, many, **how: jnp.pad(rows, ((0, 0), (0, -rows.shape[1] % many)), **how)
-    per_row = lambda query: pad(jnp.repeat(query, share, axis=1), tile, mode="edge")
-    # No further than the last key: a kernel masks by position alone, and what TMA reads behind that one is zeros.
-    position = per_row(jnp.minimum(start[:, None] + jnp.arange(length, dtype=jnp.int32), size - 1))
-    # No query stands behind what the last block has beyond the last key.
-    key = pad(jnp.arange(size, dtype=jnp.int32)[None], block, constant_values=jnp.iinfo(jnp.int32).max)
-    row_of, block_of = (lambda a, n=n: rearrange(a, "b (i r) -> b i r", r=n) for n in (tile, block))
-    rows, keys = row_of(position), block_of(key)
-    some = keys.min(-1)[:, None] <= rows.max(-1)[..., None]
-    whole = keys.max(-1)[:, None] <= rows.min(-1)[..., None]
-    if documents is None:
-        return View(position, None, None, _ranges(some, whole, by_key))
-    document, key_document = per_row(documents), pad(key_documents, block)
-    (row_low, row_high), (key_low, key_high) = _extent(row_of(document)), _extent(block_of(key_document))
-    some &= (row_low[..., None] <= key_high[:, None]) & (key_low[:, None] <= row_high[..., None])
-    one = lambda numbers: numbers.min(-1) == numbers.max(-1)
-    whole &= (one(row_of(document))[..., None] & one(block_of(key_document))[:, None]) & some
-    return View(position, jnp.where(document > 0, document, -1), key_document, _ranges(some, whole, by_key))
-
-
-def _extent(documents):
-    """Least and greatest document; of nothing but pads, an empty interval that meets no other."""
-    least = jnp.where(documents > 0, documents, jnp.iinfo(jnp.int32).max).min(-1)
-    return least, jnp.where(documents > 0, documents, -1).max(-1)
-
-
-def _ranges(some, whole, by_key):
-    """[first, whole_first, whole_end, end) of the blocks of each tile, from what each pair of them can see."""
-    if by_key:
-        some, whole = some.mT, whole.mT
-    count = some.shape[-1]
-    index = jnp.arange(count, dtype=jnp.int32)
-    end = jnp.where(some, index + 1, 0).max(-1)
-    first = jnp.minimum(jnp.where(some, index, count).min(-1), end)
-    whole_first = jnp.where(whole, index, count).min(-1)
-    whole_end = jnp.where(~whole & (index > whole_first[..., None]), index, count).min(-1)
-    return jnp.stack([first, whole_first, whole_end, end], axis=-1)
-
-
-# Inside a kernel.
 
 
 def across(values, shape):
@@ -203,8 +129,49 @@ def drain(count, stages, *barriers):
             pl.when(stage < count)(lambda b=barrier.at[stage]: plgpu.barrier_wait(b))
 
 
-def block_range(ref, *index):
-    return [ref[(*index, i)] for i in range(4)]
+class Queries(NamedTuple):
+    """What the backward kernels read of the queries: lse (base 2) and row_sum [B, H, whole tiles], see `View`."""
+
+    q: Any
+    d_out: Any
+    lse: Any
+    row_sum: Any
+    position: Any
+    document: Any
+
+
+class Keys(NamedTuple):
+    """k and v [B, S, G, P], and their documents; see `View`."""
+
+    k: Any
+    v: Any
+    document: Any
+
+
+class Range(NamedTuple):
+    """The blocks that a tile visits, see `view.py`."""
+
+    first: Any
+    whole_first: Any
+    whole_end: Any
+    end: Any
+
+    @classmethod
+    def read(cls, ref, *index):
+        return cls(*(ref[(*index, i)] for i in range(4)))
+
+    def is_whole(self, block):
+        """Whether nothing is hidden there."""
+        return (block >= self.whole_first) & (block < self.whole_end)
+
+
+def load_queries(queries, b, h, rows, s, slot, barrier):
+    """Producer, backward: all that there is of some query rows."""
+    of_head, of_row = (b, h, rows), (b, rows)
+    where = Queries((b, rows, h), (b, rows, h), of_head, of_head, of_row, of_row)
+    for name, index in where._asdict().items():
+        if (ref := getattr(queries, name)) is not None:
+            plgpu.copy_gmem_to_smem(ref.at[index], getattr(s, name).at[slot], barrier)
 
 
 def mask(scores, wg, key, slot, s):
@@ -218,19 +185,18 @@ def mask(scores, wg, key, slot, s):
     return jnp.where(visible, scores, -jnp.inf)
 
 
-def stream_keys(low, high, b, g, refs, s, blocks):
+def stream_keys(low, high, b, g, keys, s, blocks):
     """Producer: blocks `low` to `high` of keys and values, each into the slot that the consumers freed."""
-    k_ref, v_ref, document_refs = refs
 
     @pl.loop(low, high)
     def _step(j):
         slot, again = lax.rem(j - low, blocks.stages), j - low >= blocks.stages
-        keys = pl.ds(j * blocks.keys, blocks.keys)
+        slots = pl.ds(j * blocks.keys, blocks.keys)
         pl.when(again)(lambda: plgpu.barrier_wait(s.k_free.at[slot]))
-        plgpu.copy_gmem_to_smem(k_ref.at[b, keys, g], s.k.at[slot], s.k_ready.at[slot])
-        for ref in document_refs:
-            plgpu.copy_gmem_to_smem(ref.at[b, keys], s.key_document.at[slot], s.k_ready.at[slot])
+        plgpu.copy_gmem_to_smem(keys.k.at[b, slots, g], s.k.at[slot], s.k_ready.at[slot])
+        if keys.document is not None:
+            plgpu.copy_gmem_to_smem(keys.document.at[b, slots], s.key_document.at[slot], s.k_ready.at[slot])
         pl.when(again)(lambda: plgpu.barrier_wait(s.v_free.at[slot]))
-        plgpu.copy_gmem_to_smem(v_ref.at[b, keys, g], s.v.at[slot], s.v_ready.at[slot])
+        plgpu.copy_gmem_to_smem(keys.v.at[b, slots, g], s.v.at[slot], s.v_ready.at[slot])
 
     drain(high - low, blocks.stages, s.k_free, s.v_free)

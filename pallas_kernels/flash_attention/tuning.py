@@ -7,8 +7,9 @@ import dataclasses
 from pallas_kernels import hopper
 from pallas_kernels.tuned import tuned
 
-# Query heads of one key/value head share tiles of 64 rows while there are at most this many (queries times heads).
-PACKED_ROWS = 256
+# Times, in those of a block of keys.
+_START = 1  # of a thread block, and of the merger of parts
+_PACKED = 0.6  # of a block of keys, with one warpgroup instead of two
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,12 +45,25 @@ class Backward:
 
 def forward(batch: int, length: int, size: int, heads: int, groups: int) -> Forward:
     """Blocks for `length` queries against `size` key slots."""
-    rows = length * (heads // groups)
-    if rows > PACKED_ROWS:
-        return Forward(*(tuned("flash_attention forward", length, size, heads, groups) or []))
-    # Decoding: so few tiles that only parts of the cache can occupy the processors.
-    tiles, blocks = batch * groups * -(-rows // 64), -(-size // Forward.keys)
-    return Forward(warpgroups=1, pack=True, splits=max(1, min(blocks, hopper.SMS // tiles)))
+    if found := tuned("flash_attention forward", length, size, heads, groups):
+        return Forward(*found)
+    tiles, packed_tiles = batch * heads * -(-length // 128), batch * groups * -(-length * (heads // groups) // 64)
+    # In decoding there are so few that only parts of the cache can occupy the multiprocessors.
+    splits = _splits(packed_tiles, -(-size // Forward.keys))
+    rounds = lambda thread_blocks: max(1, thread_blocks / hopper.SMS)
+    if _PACKED * rounds(packed_tiles * splits) / splits < rounds(tiles):
+        return Forward(warpgroups=1, pack=True, splits=splits)
+    return Forward()
+
+
+def _splits(tiles, blocks):
+    """Parts of a sequence of `blocks` blocks of keys, so that the last of the thread blocks ends soon."""
+
+    def time(splits):
+        rounds = -(-tiles * splits // hopper.SMS)
+        return rounds * (blocks / splits + _START) + _START * (splits > 1)
+
+    return min(range(1, min(blocks, hopper.SMS) + 1), key=time)
 
 
 def backward(batch: int, length: int, size: int, heads: int, groups: int, packed: bool) -> Backward:

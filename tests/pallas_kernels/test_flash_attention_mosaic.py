@@ -11,7 +11,8 @@ from kernel_cases import random, same_infinities
 from tiny import assert_close
 
 from pallas_kernels import choice, hopper
-from pallas_kernels.flash_attention import flash_attention, mosaic_gpu, mosaic_merge, mosaic_parts, reference
+from pallas_kernels.flash_attention import flash_attention, mosaic_gpu, mosaic_merge, reference
+from pallas_kernels.flash_attention.view import view_of
 
 plgpu = pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
 if not hasattr(plgpu, "InterpretGPUParams"):
@@ -148,7 +149,7 @@ def test_ranges_hold_what_is_visible(by_key, packed):
     slots = np.stack([numbers((1, 20), (2, 30), (0, 12)), numbers((0, 7), (1, 25), (0, 2), (1, 18), (3, 10))])
     docs = np.stack([row[at : at + length] for row, at in zip(slots, start, strict=True)])
     where = (docs, slots) if packed else (None, None)
-    view = mosaic_parts.view(length, 1, tile, size, block, *map(jnp.asarray, (start,)), *where, by_key=by_key)
+    view = view_of(length, 1, tile, size, block, *map(jnp.asarray, (start,)), *where, by_key=by_key)
     visible = np.arange(size) <= (start[:, None] + np.arange(length))[..., None]
     if packed:
         visible &= (docs[..., None] == slots[:, None]) & (docs[..., None] > 0)
