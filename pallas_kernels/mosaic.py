@@ -60,6 +60,12 @@ def across(vector: Any, columns: int = COLUMNS, layout: Any = ROW_LAYOUT) -> Any
     return plgpu.layout_cast(lax.broadcast_in_dim(vector, (*vector.shape, columns), [0]), layout)
 
 
+def swizzled(dtype: Any, *shape: int, width: int = 128) -> Any:
+    """Shared memory whose rows are cut into `width` bytes, as wgmma and TMA want them."""
+    lanes = width // jnp.dtype(dtype).itemsize
+    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, lanes)), plgpu.SwizzleTransform(width)))
+
+
 def softplus(a: Any) -> Any:
     """log(1 + exp(a)) = max(a, 0) + log1p(e) with e = exp(-|a|), to a few units of the last place however small.
 

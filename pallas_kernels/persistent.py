@@ -174,12 +174,6 @@ def _consume(ring, walk, item_at, product, finish, thread, blocks):
     plgpu.wait_smem_to_gmem(0)
 
 
-def swizzled(dtype, *shape):
-    """Shared memory whose rows are cut into 128 bytes, as wgmma and TMA want them."""
-    lanes = 128 // jnp.dtype(dtype).itemsize
-    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, lanes)), plgpu.SwizzleTransform(128)))
-
-
 def launch(
     body: Callable,
     operands: Sequence[Any],
@@ -210,7 +204,7 @@ def launch(
     together = functools.partial(plgpu.ClusterBarrier, collective_axes=(PEER,))
     empty = plgpu.Barrier if blocks.cluster == 1 else together
     shared = [
-        *(None if shape is None else swizzled(jnp.bfloat16, stages, *shape) for shape in tiles),
+        *(None if shape is None else mosaic.swizzled(jnp.bfloat16, stages, *shape) for shape in tiles),
         plgpu.Barrier(num_arrivals=sum(shape is not None for shape in tiles), num_barriers=stages),
         empty(num_arrivals=blocks.consumers, num_barriers=stages),
         *scratch,

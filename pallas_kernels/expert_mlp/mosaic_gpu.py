@@ -44,8 +44,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import persistent
 from pallas_kernels.expert_mlp import tuning
 from pallas_kernels.hopper import MATRIX_ROWS
-from pallas_kernels.mosaic import too_old
-from pallas_kernels.persistent import DEPTH, PEER, cut, swizzled
+from pallas_kernels.mosaic import swizzled, too_old
+from pallas_kernels.persistent import DEPTH, PEER, cut
 from pallas_kernels.tiles import TILE_ROWS, pad_to
 
 _ALIGN = TILE_ROWS  # TMA of a swizzled tile starts at a multiple of this many rows

@@ -38,7 +38,7 @@ from pallas_kernels.flash_attention.mosaic_gpu_backward import backward
 from pallas_kernels.flash_attention.mosaic_merge import merge
 from pallas_kernels.flash_attention.mosaic_parts import HEAD_DIM, ROWS
 from pallas_kernels.flash_attention.view import view_of
-from pallas_kernels.mosaic import LOG2E, too_old
+from pallas_kernels.mosaic import LOG2E, swizzled, too_old
 from pallas_kernels.tiles import pad_to
 
 # Where a row has seen nothing yet: low enough for any score, and finite, so that differences are never inf - inf.
@@ -109,13 +109,13 @@ def _forward_scratch(blocks, documents, out_dtype):
     n, stages = blocks.warpgroups, blocks.stages
     numbers = lambda *shape: plgpu.SMEM(shape, jnp.int32)
     return _ForwardScratch(
-        q=parts.bfloat16(n, ROWS, HEAD_DIM),
-        k=parts.bfloat16(stages, blocks.keys, HEAD_DIM),
-        v=parts.bfloat16(stages, blocks.keys, HEAD_DIM),
+        q=swizzled(jnp.bfloat16, n, ROWS, HEAD_DIM),
+        k=swizzled(jnp.bfloat16, stages, blocks.keys, HEAD_DIM),
+        v=swizzled(jnp.bfloat16, stages, blocks.keys, HEAD_DIM),
         position=numbers(n, ROWS),
         document=numbers(n, ROWS) if documents else None,
         key_document=numbers(stages, blocks.keys) if documents else None,
-        out=None if out_dtype == jnp.bfloat16 else parts.float32(n, ROWS, HEAD_DIM),  # bfloat16 goes where q was
+        out=None if out_dtype == jnp.bfloat16 else swizzled(jnp.float32, n, ROWS, HEAD_DIM),  # else where q was
         lse=plgpu.SMEM((n, ROWS), jnp.float32),
         q_ready=parts.barriers(1, n * (3 if documents else 2)),
         k_ready=parts.barriers(stages, 2 if documents else 1),

@@ -26,7 +26,7 @@ from pallas_kernels.flash_attention import mosaic_parts as parts
 from pallas_kernels.flash_attention import tuning
 from pallas_kernels.flash_attention.mosaic_parts import HEAD_DIM, ROWS
 from pallas_kernels.flash_attention.view import view_of
-from pallas_kernels.mosaic import LOG2E
+from pallas_kernels.mosaic import LOG2E, swizzled
 from pallas_kernels.tiles import pad_to
 
 
@@ -72,10 +72,10 @@ class _DqScratch(NamedTuple):
 def _dq_scratch(blocks, documents):
     row = lambda dtype: plgpu.SMEM((2, ROWS), dtype)
     return _DqScratch(
-        q=parts.bfloat16(2, ROWS, HEAD_DIM),
-        d_out=parts.bfloat16(2, ROWS, HEAD_DIM),
-        k=parts.bfloat16(blocks.stages, blocks.keys, HEAD_DIM),
-        v=parts.bfloat16(blocks.stages, blocks.keys, HEAD_DIM),
+        q=swizzled(jnp.bfloat16, 2, ROWS, HEAD_DIM),
+        d_out=swizzled(jnp.bfloat16, 2, ROWS, HEAD_DIM),
+        k=swizzled(jnp.bfloat16, blocks.stages, blocks.keys, HEAD_DIM),
+        v=swizzled(jnp.bfloat16, blocks.stages, blocks.keys, HEAD_DIM),
         lse=row(jnp.float32),
         row_sum=row(jnp.float32),
         position=row(jnp.int32),
@@ -167,12 +167,12 @@ def _dkv_scratch(blocks, documents):
     stages = blocks.query_stages
     row = lambda dtype: plgpu.SMEM((stages, ROWS), dtype)
     return _DkvScratch(
-        k=parts.bfloat16(2, ROWS, HEAD_DIM),
-        v=parts.bfloat16(2, ROWS, HEAD_DIM),
+        k=swizzled(jnp.bfloat16, 2, ROWS, HEAD_DIM),
+        v=swizzled(jnp.bfloat16, 2, ROWS, HEAD_DIM),
         key_document=plgpu.SMEM((2, ROWS), jnp.int32) if documents else None,
-        out=parts.float32(2, ROWS, HEAD_DIM),
-        q=parts.bfloat16(stages, ROWS, HEAD_DIM),
-        d_out=parts.bfloat16(stages, ROWS, HEAD_DIM),
+        out=swizzled(jnp.float32, 2, ROWS, HEAD_DIM),
+        q=swizzled(jnp.bfloat16, stages, ROWS, HEAD_DIM),
+        d_out=swizzled(jnp.bfloat16, stages, ROWS, HEAD_DIM),
         lse=row(jnp.float32),
         row_sum=row(jnp.float32),
         position=row(jnp.int32),

@@ -15,18 +15,13 @@ from pallas_kernels.hopper import MATRIX_ROWS
 ROWS = MATRIX_ROWS  # of a warpgroup
 HEAD_DIM = 128
 
-_TILED_BF16 = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-_TILED_F32 = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
-
 
 def across(values, shape):
-    """Values of the rows, in every column."""
-    return lax.broadcast_in_dim(values, shape, [0])
+    return mosaic.across(values, shape[1], plgpu.Layout.WGMMA)
 
 
 def down(values, shape):
-    """Values of the columns, in every row."""
-    return lax.broadcast_in_dim(values, shape, [1])
+    return mosaic.down(values, shape[0], plgpu.Layout.WGMMA)
 
 
 def per_row(ref):
@@ -87,14 +82,6 @@ def scores_then_sum(scores, total, issued, meanwhile):
         return meanwhile(plgpu.wgmma_accumulator_load(scores_ref, wait_n=1)), o_ref[...]
 
     return pl.run_scoped(multiply, plgpu.ACC((q.shape[0], k.shape[0]), jnp.float32), plgpu.ACC(o.shape, jnp.float32))
-
-
-def bfloat16(*shape):
-    return plgpu.SMEM(shape, jnp.bfloat16, transforms=_TILED_BF16)
-
-
-def float32(*shape):
-    return plgpu.SMEM(shape, jnp.float32, transforms=_TILED_F32)
 
 
 def barriers(count, arrivals):

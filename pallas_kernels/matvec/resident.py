@@ -17,9 +17,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import MATRIX_ROWS, SHARED_MEMORY
-from pallas_kernels.mosaic import COLUMNS, EACH_COLUMN, ROW_LAYOUT, across, down, read
+from pallas_kernels.mosaic import COLUMNS, EACH_COLUMN, ROW_LAYOUT, across, down, read, swizzled
 from pallas_kernels.norm import Norm
-from pallas_kernels.persistent import DEPTH, cut, swizzled
+from pallas_kernels.persistent import DEPTH, cut
 from pallas_kernels.tiles import TILE_ROWS, pad_to
 
 _BEYOND = MATRIX_ROWS // TILE_ROWS - 1  # tiles behind the last one, which the last operand reaches

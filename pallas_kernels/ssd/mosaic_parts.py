@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import documents as docs
+from pallas_kernels import mosaic
 from pallas_kernels.mosaic import interpreted, launch, read
 from pallas_kernels.ssd.tuning import CHUNK, ROWS
 from pallas_kernels.tiles import pad_to
@@ -127,8 +128,7 @@ def launch_walk(plan, body, name, x, pieces, out_type, scratch, threads=None):
 
 def matrices(*shape, columns=64):
     """bfloat16 matrices in shared memory, laid out for wgmma; parts of them are multiples of `columns`."""
-    transforms = plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns)
-    return plgpu.SMEM(shape, jnp.bfloat16, transforms=transforms)
+    return mosaic.swizzled(jnp.bfloat16, *shape, width=2 * columns)
 
 
 def floats(*shape):
@@ -136,11 +136,11 @@ def floats(*shape):
 
 
 def across(vector, columns=CHUNK):
-    return lax.broadcast_in_dim(vector, (*vector.shape, columns), [0])
+    return mosaic.across(vector, columns, WGMMA)
 
 
 def down(vector, rows=CHUNK):
-    return lax.broadcast_in_dim(vector, (rows, *vector.shape), [1])
+    return mosaic.down(vector, rows, WGMMA)
 
 
 def product(shape, *operands, initial=None, spare=None):

@@ -9,6 +9,7 @@ from ssd_cases import DOCUMENTS, NO_LIMIT, without_races
 
 from pallas_kernels.ssd import mosaic_parts, mosaic_steps
 
+pytestmark = pytest.mark.usefixtures("interpreter")
 CHUNK, SMALLEST = 64, -88.0
 
 
@@ -37,7 +38,7 @@ def expected(dt, A, bias, limit, docs, owner):
 
 def check(dt, A, bias, limit=NO_LIMIT, docs=None, owner=None, clean=None):
     """`clean`: dt without what stands at pads."""
-    run = jax.jit(lambda dt, A, bias, docs, owner: mosaic_steps.steps(dt, A, bias, limit, docs, owner, True))
+    run = jax.jit(lambda dt, A, bias, docs, owner: mosaic_steps.steps(dt, A, bias, limit, docs, owner))
     vectors, ends = without_races(run, dt, A, bias, docs, owner)
     heads = A.size
     coarse, fine, steps = (np.asarray(vectors[:, :heads, i], np.float64).swapaxes(1, 2) for i in range(3))
