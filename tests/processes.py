@@ -1,4 +1,4 @@
-"""Starts `two_processes.py`."""
+"""Programs in processes of their own: their environment, and a start of `two_processes.py`."""
 
 from __future__ import annotations
 
@@ -7,10 +7,19 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+_PROGRAMS = tempfile.TemporaryDirectory(prefix="nemojax-tests-")  # what several processes need is compiled once
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """The environment of a process on the CPU that finds this checkout and no network."""
+    cache = {"JAX_COMPILATION_CACHE_DIR": _PROGRAMS.name, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5"}
+    common = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
+    return os.environ | common | cache | variables
 
 
 def start(checkpoint: Path, mesh: str, out: Path | None, processes: int = 2) -> list[dict[str, Any]]:
@@ -23,7 +32,7 @@ def start(checkpoint: Path, mesh: str, out: Path | None, processes: int = 2) -> 
         subprocess.Popen(
             [*command, str(processes), str(index), str(out or "-")],
             cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            env=environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

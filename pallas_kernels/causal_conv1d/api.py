@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.causal_conv1d import mosaic_gpu, reference, xla
-from pallas_kernels.choice import choose, on_hopper, rule_of, with_rules
+from pallas_kernels.choice import choose, rule_of, with_rules
 from pallas_kernels.shapes import check_shapes
 
 IMPLEMENTATIONS = {
@@ -59,14 +59,9 @@ def causal_conv1d(
         initial_document = jnp.zeros(documents.shape[:1], documents.dtype)
     if initial is not None:
         initial = initial.astype(x.dtype)
-    reason = mosaic_gpu.supports(x, weight, sizes)
-    run = choose("causal_conv1d", IMPLEMENTATIONS, implementation, {"mosaic_gpu": reason})
-    inputs = (x, weight, bias, initial, documents, initial_document)
-    if implementation is None and on_hopper("causal_conv1d", reason):
-        y = _by_platform(first, sizes)(*inputs)
-        after = xla.inputs_after(x, weight, initial, documents, initial_document, first)
-    else:
-        y, after = run(*inputs, first, sizes)
+    refusals = {"mosaic_gpu": mosaic_gpu.supports(x, weight, sizes)}
+    run = choose("causal_conv1d", IMPLEMENTATIONS, implementation, refusals, _best)
+    y, after = run(x, weight, bias, initial, documents, initial_document, first, sizes)
     return (y[0] if parts is None else y), after
 
 
@@ -87,6 +82,11 @@ def _check(x, weight, bias, first, sizes, initial, documents, initial_document):
         "initial_document": (initial_document, (batch,)),
     }
     check_shapes("causal_conv1d", expected)
+
+
+def _best(x, weight, bias, initial, documents, initial_document, first, sizes):
+    y = _by_platform(first, sizes)(x, weight, bias, initial, documents, initial_document)
+    return y, xla.inputs_after(x, weight, initial, documents, initial_document, first)
 
 
 @functools.cache

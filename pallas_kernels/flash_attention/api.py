@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.choice import choose, on_hopper, target, with_rules
+from pallas_kernels.choice import choose, target, with_rules
 from pallas_kernels.flash_attention import cudnn, mosaic_gpu, reference, xla
 from pallas_kernels.shapes import check_shapes
 
@@ -62,12 +62,10 @@ def flash_attention(
     refusals = {"mosaic_gpu": mosaic_gpu.supports(q, k, v), "cudnn": cudnn.supports(q, k, v, start, documents)}
     if start is None:
         start = jnp.zeros((batch,), jnp.int32)
-    run = choose("flash_attention", IMPLEMENTATIONS, implementation, refusals)
-    if implementation is None:
-        if on_hopper("flash_attention", refusals["mosaic_gpu"]):
-            run = _by_platform
-        elif target().startswith("NVIDIA") and refusals["cudnn"] is None and cudnn.installed(q, k, v):
-            run = _cudnn_on_cuda
+    run = choose("flash_attention", IMPLEMENTATIONS, implementation, refusals, _best)
+    may_be_cudnn = implementation is None and run is not _best and target().startswith("NVIDIA")
+    if may_be_cudnn and refusals["cudnn"] is None and cudnn.installed(q, k, v):
+        run = _cudnn_on_cuda
     return run(q, k, v, start, documents, key_documents)
 
 
@@ -75,6 +73,6 @@ def _cudnn_on_cuda(*arguments):
     return jax.lax.platform_dependent(*arguments, cuda=cudnn.with_all_gradients, default=xla.flash_attention)
 
 
-_by_platform = with_rules(
+_best = with_rules(
     (mosaic_gpu.flash_attention, mosaic_gpu.backward), (xla.flash_attention, xla.backward), keeps_results=True
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 from jaxtyping import Array, Float, Int
@@ -67,12 +68,17 @@ def mamba_step(
     arrays = (projected, conv_state, ssm_state, conv_weight, conv_bias, A_log, D, dt_bias)
     refusals = {"mosaic_gpu": mosaic_gpu.supports(projected, ssm_state)}
     run = choose("mamba_step", IMPLEMENTATIONS, implementation, refusals, _best)
-    gated, squares, after = run(*arrays, dt_limit, rows)
+    gated, squares, after = run(*arrays, tuple(map(float, dt_limit)), rows)
     one = (projected[:, None], conv_weight, conv_state, documents[:, None], initial_document, heads * width)
     return gated, squares, conv.inputs_after(*one), after
 
 
 def _best(*arguments):
     *arrays, dt_limit, rows = arguments
+    return _by_platform(dt_limit)(*arrays, rows)
+
+
+@functools.cache
+def _by_platform(dt_limit):
     limited = lambda run: lambda *a: run(*a[:-1], dt_limit, a[-1])
-    return by_platform(limited(mosaic_gpu.mamba_step), limited(xla.mamba_step))(*arrays, rows)
+    return by_platform(limited(mosaic_gpu.mamba_step), limited(xla.mamba_step))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import documents as docs
-from pallas_kernels.choice import choose, on_hopper, rule_of, with_rules
+from pallas_kernels.choice import choose, rule_of, with_rules
 from pallas_kernels.shapes import check_shapes
 from pallas_kernels.ssd import mosaic_gpu, reference, xla
 
@@ -74,12 +74,8 @@ def ssd(
         x, B, C = docs.without_pads(documents, x, B, C)
     dt_limit = tuple(map(float, dt_limit))
     A, D, dt_bias, initial_state = (a.astype(jnp.float32) for a in (A, D, dt_bias, initial_state))
-    reason = mosaic_gpu.supports(x, B, C)
-    run = choose("ssd", IMPLEMENTATIONS, implementation, {"mosaic_gpu": reason})
-    inputs, state = (x, dt, A, B, C, D, dt_bias), (initial_state, documents, initial_document)
-    if implementation is None and on_hopper("ssd", reason):
-        return _by_platform(dt_limit, chunk_size)(*inputs, *state)
-    return run(*inputs, dt_limit, *state, chunk_size)
+    run = choose("ssd", IMPLEMENTATIONS, implementation, {"mosaic_gpu": mosaic_gpu.supports(x, B, C)}, _best)
+    return run(x, dt, A, B, C, D, dt_bias, dt_limit, initial_state, documents, initial_document, chunk_size)
 
 
 def _check(x, dt, A, B, C, D, dt_bias, initial_state, documents, initial_document, chunk_size):
@@ -95,6 +91,11 @@ def _check(x, dt, A, B, C, D, dt_bias, initial_state, documents, initial_documen
     check_shapes("ssd", expected)
     if chunk_size < 1:
         raise ValueError(f"ssd: chunk_size must be at least 1, got {chunk_size}")
+
+
+def _best(*arguments):
+    inputs, (dt_limit, *state, chunk_size) = arguments[:7], arguments[7:]
+    return _by_platform(dt_limit, chunk_size)(*inputs, *state)
 
 
 @functools.cache

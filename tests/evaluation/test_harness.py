@@ -1,7 +1,6 @@
 """nemojax under lm-eval: its rules for text, and whole runs: killed and resumed, in two processes."""
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from lm_eval.api.instance import Instance
+from processes import environment
 
 from nemojax import InputError
 from nemojax.evaluation import chat, tasks
@@ -20,7 +20,6 @@ from nemojax.evaluation.harness import NemojaxLM
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "tests/golden/demo"
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu"}
 
 
 def ask(kind, *arguments):
@@ -129,7 +128,7 @@ def whole(folder):
 
 
 def run(arguments, **options):
-    done = subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, **options)
+    done = subprocess.run(arguments, env=environment(), capture_output=True, text=True, timeout=300, **options)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
@@ -150,7 +149,7 @@ def test_a_run_goes_on_where_it_stopped(folder, whole, sign):
     output = folder / f"stopped{int(sign)}"
     answers = output / "requests.jsonl"
     process = subprocess.Popen(
-        command(folder, "--output", str(output)), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
+        command(folder, "--output", str(output)), env=environment(), stderr=subprocess.PIPE, text=True
     )
     while process.poll() is None and not (answers.exists() and answers.stat().st_size > 500):
         time.sleep(0.005)
@@ -173,7 +172,7 @@ MESH = ["--mesh", "data=2,expert=4", "--batch-size", "8"]
 def test_eight_devices_give_the_same_scores(folder, whole):
     output = folder / "mesh"
     arguments = command(folder, "--output", str(output), *MESH)
-    done = subprocess.run(arguments, env=ENVIRONMENT | {"JAX_NUM_CPU_DEVICES": "8"}, capture_output=True, text=True)
+    done = subprocess.run(arguments, env=environment(JAX_NUM_CPU_DEVICES="8"), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert scores(results(output)) == pytest.approx(scores(whole), abs=1e-4)
 
@@ -189,7 +188,7 @@ def test_two_processes_give_the_same_scores(arguments, devices, folder, whole):
     processes = ["--coordinator", address, "--processes", "2"]
     start = lambda i: subprocess.Popen(
         command(folder, "--output", str(output), *arguments, *processes, "--process", str(i)),
-        env=ENVIRONMENT | {"JAX_NUM_CPU_DEVICES": devices},
+        env=environment(JAX_NUM_CPU_DEVICES=devices),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -212,5 +211,5 @@ def test_a_checkpoint_without_template_is_refused_for_chat(folder, tmp_path):
     shutil.copytree(DEMO, plain, ignore=shutil.ignore_patterns("chat_template.jinja"))
     arguments = command(folder, "--apply-chat-template")
     arguments[4] = str(plain)
-    done = subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(arguments, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "has no chat template" in done.stderr

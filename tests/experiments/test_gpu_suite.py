@@ -1,7 +1,6 @@
 """The GPU suite, as far as a CPU can tell: arithmetic, timer, what it makes of wrong numbers and dead processes."""
 
 import json
-import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +9,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from processes import environment
 
 import nemojax
 from experiments import rooflines
@@ -24,10 +24,9 @@ H100 = Work(GPUS["h100"].bandwidth, sections.PEAK_FLOPS)
 ANY = Work(1e12, 1e15)
 
 
-def run(*arguments, **environment):
+def run(*arguments, **variables):
     command = [sys.executable, "-m", "experiments.gpu_suite", *arguments]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"} | environment
-    return subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=400)
+    return subprocess.run(command, env=environment(**variables), cwd=ROOT, capture_output=True, text=True, timeout=400)
 
 
 # ------------------------------------------------------------------------------------------------- arithmetic

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -13,6 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from processes import environment
 
 import nemojax
 from experiments import corpus, held_out, packing, run_directory, train
@@ -98,8 +98,7 @@ def start(run, text, *options):
     command = [sys.executable, "-m", "experiments.train", str(run), "--no-progress", "--text", *map(str, text)]
     for name, value in (SHORT | {"model": MODEL}).items():
         command += ["--set", f"{name}={json.dumps(value)}"]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    return subprocess.Popen([*command, *options], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+    return subprocess.Popen([*command, *options], cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL)
 
 
 def moments():

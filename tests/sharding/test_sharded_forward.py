@@ -139,8 +139,8 @@ def test_ids_outside_the_vocabulary_give_nan_on_every_shard():
 
 
 def test_a_cache_that_does_not_divide_is_refused():
-    model, params = on("sequence=8")
-    with pytest.raises(InputError, match=r"cache of 35 slots does not divide over the mesh sequence=8; .* up to 40"):
+    model, params = on("sequence=3")
+    with pytest.raises(InputError, match=r"cache of 40 slots does not divide over the mesh sequence=3; .* up to 48"):
         model.apply({"params": params}, TOKENS, SEGMENTS, init_cache(CONFIG, len(TOKENS), 35))
 
 
