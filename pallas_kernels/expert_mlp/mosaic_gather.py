@@ -53,7 +53,7 @@ def _fold(width):
 
 
 def _gather(x, index):
-    """See above: x [R, L], index int32 [S] -> [S, L]."""
+    """See above: x [N, L], index int32 [R] -> [R, L]."""
     count, (_, width) = index.shape[0], x.shape
     folded, together = (width // _fold(width), _fold(width)), _together(width)
     index = pad_to(index, 0, together)

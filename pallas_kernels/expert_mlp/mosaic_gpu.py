@@ -16,7 +16,7 @@ that store zeros without computing.
 TMA from small double buffers. A consumer whose 64 rows hold none of the group does not multiply, so a group costs
 matrix time in steps of 64 rows. Items are ordered expert, column block, tile: tiles that need the same weights run at
 the same time and find them in L2. Where tiles have 128 rows, two thread blocks with neighbouring column blocks are a
-cluster: each fetches half of the rows, for both.
+cluster, unless the result has but 64: each fetches half of the rows, for both.
 
 **Roofline** (H100: 989 TFLOP/s, 3.35 TB/s), Nano, 8192 tokens: 49,152 rows of 2688, F = 1856, 128 experts. 0.98 TFLOP
 are 0.99 ms; 2.55 GB of weights are 0.76 ms of memory, rows in and out 0.16 ms, hidden units 0.11 ms. Steps of 64 rows
@@ -43,6 +43,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import persistent
 from pallas_kernels.expert_mlp import tuning
+from pallas_kernels.expert_mlp.xla import relu_squared
 from pallas_kernels.hopper import MATRIX_ROWS
 from pallas_kernels.mosaic import swizzled, too_old
 from pallas_kernels.persistent import DEPTH, PEER, cut
@@ -209,14 +210,15 @@ def to_tiles(rows, weights, plan: Plan, activation: Callable) -> jax.Array:
     """`activation(rows @ weights[e]^T)` as tiles: rows [R, K], weights [E, N, K] -> [tiles * tile rows, N]."""
     experts, width, depth = weights.shape
     blocks = tuning.blocks(plan.rows, width, _SLOTS)
-    columns = pl.cdiv(width, blocks.columns * blocks.cluster)
-    size, shared = min(blocks.rows, MATRIX_ROWS), PEER if blocks.cluster > 1 else None
+    columns, size = blocks.column_blocks(width), min(blocks.rows, MATRIX_ROWS)
 
     def expert_mlp_to_tiles(tiles, count, weights, rows, out, ring, slots):
         def load(item, k, slot, full):
             part = cut(k, DEPTH)
             tile = ring.a.at[slot, pl.ds(0, blocks.rows)]
-            plgpu.copy_gmem_to_smem(rows.at[pl.ds(item.row, blocks.rows), part], tile, full, collective_axes=shared)
+            plgpu.copy_gmem_to_smem(
+                rows.at[pl.ds(item.row, blocks.rows), part], tile, full, collective_axes=blocks.multicast
+            )
             column = cut(item.column, blocks.columns)
             plgpu.copy_gmem_to_smem(weights.at[item.expert, column, part], ring.b.at[slot], full)
 
@@ -247,8 +249,7 @@ def to_rows(tiles, weights, plan: Plan, scale, dtype) -> jax.Array:
     experts, depth, width = weights.shape
     dtype = jnp.dtype(dtype)
     blocks = tuning.blocks(plan.rows, width, _SLOTS + 1)
-    columns = pl.cdiv(width, blocks.columns * blocks.cluster)
-    shared = PEER if blocks.cluster > 1 else None
+    columns, height = blocks.column_blocks(width), scale.shape[0]
     scale = jnp.pad(scale, (0, blocks.rows + MATRIX_ROWS))  # a tile is read whole
 
     def expert_mlp_to_rows(table, count, scale, weights, tiles, out, ring, slots, buffers):
@@ -256,7 +257,7 @@ def to_rows(tiles, weights, plan: Plan, scale, dtype) -> jax.Array:
             part = cut(k, DEPTH)
             tile = ring.a.at[slot, pl.ds(0, blocks.rows)]
             source = tiles.at[pl.ds(item.place, blocks.rows), part]
-            plgpu.copy_gmem_to_smem(source, tile, full, collective_axes=shared)
+            plgpu.copy_gmem_to_smem(source, tile, full, collective_axes=blocks.multicast)
             column = cut(item.column, blocks.columns)
             plgpu.copy_gmem_to_smem(weights.at[item.expert, part, column], ring.b.at[slot], full)
 
@@ -277,7 +278,7 @@ def to_rows(tiles, weights, plan: Plan, scale, dtype) -> jax.Array:
         )
         persistent.run(ring, count[1] * columns, item_at, load, product, finish, blocks)
 
-    out = jax.ShapeDtypeStruct((scale.shape[0] - blocks.rows - MATRIX_ROWS, width), dtype)
+    out = jax.ShapeDtypeStruct((height, width), dtype)
     stage = (max(blocks.rows, MATRIX_ROWS), DEPTH), (DEPTH, blocks.columns)
     buffers = plgpu.SMEM((blocks.consumers, MATRIX_ROWS, 128 // dtype.itemsize), dtype)
     operands = (plan.tiles, plan.count, scale, weights, tiles)
@@ -292,8 +293,7 @@ def per_expert(tiles, rows, plan: Plan, experts: int) -> jax.Array:
     """
     (_, height), (_, width) = tiles.shape, rows.shape
     blocks = tuning.blocks(2 * MATRIX_ROWS, width, _SLOTS)
-    bands, columns = pl.cdiv(height, blocks.rows), pl.cdiv(width, blocks.columns * blocks.cluster)
-    shared = PEER if blocks.cluster > 1 else None
+    bands, columns = pl.cdiv(height, blocks.rows), blocks.column_blocks(width)
 
     def expert_mlp_per_expert(groups, tiles, rows, out, ring, slots):
         def item_at(index):
@@ -309,7 +309,7 @@ def per_expert(tiles, rows, plan: Plan, experts: int) -> jax.Array:
             part = lambda start: pl.ds(pl.multiple_of(start + k * DEPTH, _ALIGN), DEPTH)
             band, column = cut(item.band, blocks.rows), cut(item.column, blocks.columns)
             source = tiles.at[part(item.place), band]
-            plgpu.copy_gmem_to_smem(source, ring.a.at[slot], full, collective_axes=shared)
+            plgpu.copy_gmem_to_smem(source, ring.a.at[slot], full, collective_axes=blocks.multicast)
             plgpu.copy_gmem_to_smem(rows.at[part(item.row), column], ring.b.at[slot], full)
 
         def product(acc, slot, part, k):
@@ -329,10 +329,6 @@ def per_expert(tiles, rows, plan: Plan, experts: int) -> jax.Array:
     return persistent.launch(expert_mlp_per_expert, operands, out, blocks, stage, [_slots(blocks, out.dtype)])
 
 
-def _relu_squared(x):
-    return jnp.square(jnp.maximum(x, 0))
-
-
 def _forward(x, up, down, weights, group_sizes):
     """See `api.expert_mlp`."""
     count, experts = x.shape[0], up.shape[0]
@@ -340,7 +336,7 @@ def _forward(x, up, down, weights, group_sizes):
     weights = jnp.where(jnp.arange(count) < group_sizes.sum(), weights, 0)
     x, weights = pad_to(x, 0), pad_to(weights, 0)
     work = plan(group_sizes, x.shape[0], tuning.tile_rows(count, experts))
-    hidden = to_tiles(x, up, work, _relu_squared)
+    hidden = to_tiles(x, up, work, relu_squared)
     return to_rows(hidden, down, work, weights, x.dtype)[:count]
 
 
@@ -352,7 +348,7 @@ def backward(saved, dy):
     work = plan(group_sizes, x.shape[0], max(MATRIX_ROWS, tuning.tile_rows(count, experts)))
     row, own = _rows_of_tiles(work)
     row_weight = jnp.where(own, weights.at[row].get(mode="clip"), 0)[:, None]
-    hidden = to_tiles(x, up, work, _relu_squared).astype(jnp.float32)
+    hidden = to_tiles(x, up, work, relu_squared).astype(jnp.float32)
     dhidden = to_tiles(dy, down, work, lambda a: a).astype(jnp.float32)  # before the router weight
     drelu = jnp.where(own[:, None], 2 * jnp.sqrt(hidden) * dhidden * row_weight, 0).astype(x.dtype)
     weighted = jnp.where(own[:, None], hidden * row_weight, 0).astype(x.dtype)

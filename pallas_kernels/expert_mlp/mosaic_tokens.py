@@ -9,7 +9,6 @@ By that an inf or NaN among the weights of `down` reaches all rows; one of x or 
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 
 from pallas_kernels.choice import with_gradient_of
 from pallas_kernels.expert_mlp import xla
@@ -35,12 +34,8 @@ def _forward(x, up, down, ids, weights, shared=None, norm=None):
         for stacks, matrix in zip((ups, downs), shared, strict=True):
             stacks.append(Stack(matrix[None]))
     factors, room = Factors(weights.reshape(-1), chosen), rows + -rows % TILE_ROWS
-    hidden = matvec.rows_dot(ups, x, up.dtype, _relu_squared, factors, norm, room)
+    hidden = matvec.rows_dot(ups, x, up.dtype, xla.relu_squared, factors, norm, room)
     return matvec.columns_dot(downs, hidden)[:rows]
-
-
-def _relu_squared(a):
-    return jnp.square(jnp.maximum(a, 0))
 
 
 token_mlp = with_gradient_of(xla.gathered, _forward)

@@ -10,7 +10,7 @@ import math
 from typing import ClassVar
 
 from pallas_kernels.hopper import MATRIX_ROWS, RESERVED, SHARED_MEMORY
-from pallas_kernels.persistent import DEPTH
+from pallas_kernels.persistent import DEPTH, PEER
 from pallas_kernels.tuned import tuned
 
 _MOST_STAGES = 8
@@ -20,7 +20,7 @@ _MOST_STAGES = 8
 class Blocks:
     """How one product is cut.
 
-    rows: rows of a tile: 8, 16, 32, 64 or 128; under 64, the matrix unit's other rows are computed in vain.
+    rows: rows of a tile: 16, 32, 64 or 128; under 64, the matrix unit's other rows are computed in vain.
     columns: columns of the result in a tile, a multiple of 64 up to 256.
     stages: tiles of both operands in flight.
     cluster: thread blocks that read the same rows and have neighbouring columns.
@@ -31,6 +31,15 @@ class Blocks:
     stages: int
     cluster: int = 1
     in_flight: ClassVar[int] = 1
+
+    def column_blocks(self, width: int) -> int:
+        """Items side by side, each as wide as a cluster, in a result of `width` columns."""
+        return -(-width // (self.columns * self.cluster))
+
+    @property
+    def multicast(self) -> str | None:
+        """The axis of thread blocks that one copy of rows is for."""
+        return PEER if self.cluster > 1 else None
 
     @property
     def consumers(self) -> int:
@@ -69,7 +78,7 @@ def _cut(rows, width):
     do clusters.
     """
     if rows < MATRIX_ROWS:
-        return (64 if rows == 8 else 128), 1
+        return 128, 1
     cluster = 2 if rows > MATRIX_ROWS else 1
     blocks = lambda columns: cluster * -(-width // (columns * cluster))
     return min((256, 192, 128, 64), key=lambda columns: blocks(columns) * (columns + 32)), cluster

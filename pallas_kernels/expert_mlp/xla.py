@@ -24,6 +24,11 @@ from pallas_kernels.norm import normalised
 BLOCKS = ((384, 48), (192, 48), (64, 16), (16, 8))
 
 
+def relu_squared(a):
+    """The activation of all experts, in the kernels too."""
+    return jnp.square(jnp.maximum(a, 0))
+
+
 def token_mlp(x, up, down, ids, weights, shared=None, norm=None):
     """See `api.token_mlp`."""
     x = normalised(x, norm)
@@ -37,7 +42,7 @@ def _row_by_row(x, up, down, ids, weights, shared):
     def row(args):
         x, ids, weights = args
         hidden = cpu.rows_dot(up, ids, x)
-        hidden = (jnp.square(jax.nn.relu(hidden)) * weights[:, None]).astype(x.dtype)
+        hidden = (relu_squared(hidden) * weights[:, None]).astype(x.dtype)
         return cpu.columns_dot(down, ids, hidden)
 
     return jax.lax.map(row, (x, ids, weights)) + _shared(x, shared)
@@ -49,7 +54,7 @@ def gathered(x, up, down, ids, weights, shared=None, norm=None):
     up, down = (w.at[ids].get(mode="promise_in_bounds") for w in (up, down))
     hidden = jnp.einsum("rkfl,rl->rkf", up, x, preferred_element_type=jnp.float32)
     # With the router weight on this side, one product sums over experts and hidden units at once.
-    hidden = (jnp.square(jax.nn.relu(hidden)) * weights[..., None]).astype(x.dtype)
+    hidden = (relu_squared(hidden) * weights[..., None]).astype(x.dtype)
     return jnp.einsum("rkf,rkfl->rl", hidden, down, preferred_element_type=jnp.float32) + _shared(x, shared)
 
 
@@ -57,7 +62,7 @@ def _shared(x, shared):
     if shared is None:
         return 0.0
     up, down = shared
-    hidden = jnp.square(jax.nn.relu(matvec.dot_rows(x, [up], jnp.float32, implementation="xla")[0]))
+    hidden = relu_squared(matvec.dot_rows(x, [up], jnp.float32, implementation="xla")[0])
     return matvec.dot_columns(hidden.astype(x.dtype), down, jnp.float32)
 
 
@@ -130,7 +135,7 @@ def expert_mlp(x, up, down, weights, group_sizes):
 
         def body(block, at, own, y):
             hidden = _dot(_take(padded, at, block), up_e, (1, 1))
-            hidden = jnp.square(jax.nn.relu(hidden)).astype(x.dtype)
+            hidden = relu_squared(hidden).astype(x.dtype)
             out = _dot(hidden, down_e, (1, 0)) * _take(factors, at, block)[:, None]
             out = jnp.where((jnp.arange(block) < own)[:, None], out, 0).astype(x.dtype)
             return _put(y, out, at)
