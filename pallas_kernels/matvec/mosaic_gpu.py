@@ -132,13 +132,6 @@ class _Places(NamedTuple):
         return which, pair, pick([matrix(index) for index in indices]), rest
 
 
-def _indices(stacks):
-    """The indices that there are, and a function that takes references to them: one for each stack, or None."""
-    given = [s.index is not None for s in stacks]
-    assign = lambda refs: [next(refs) if has else None for has in given]
-    return [s.index for s in stacks if s.index is not None], assign
-
-
 def _of(which, runs):
     """Runs the function that belongs to stack `which`."""
     for i, run in enumerate(runs):
@@ -164,15 +157,9 @@ def rows_dot(
     counts = [(s.pairs, s.matrices.shape[1]) for s in stacks]
     blocks = tuning.by_rows(counts, length, resident.nbytes(x, norm) if stays else None)
     places = _Places.of(stacks, blocks.columns)
-    indices, assign = _indices(stacks)
-    values, sources = [] if factors is None else [factors.values], [x, *([] if norm is None else [norm.weight])]
 
-    def matvec_rows(*refs):
-        refs = iter(refs)
-        take = lambda n: list(itertools.islice(refs, n))
-        chosen = assign(refs)
-        values_in, matrices, inputs = map(take, (len(values), count, len(sources)))
-        outs, (ring, slot), held = take(count), take(2), list(refs)
+    def matvec_rows(chosen, values, matrices, inputs, *refs):
+        outs, (ring, slot, *held) = refs[:count], refs[count:]
 
         def item_at(number):
             which, pair, matrix, column = places.at(number, chosen)
@@ -191,20 +178,24 @@ def rows_dot(
             else:
                 plgpu.wgmma(acc, ring.a.at[slot, part], ring.b.at[slot].transpose((1, 0)))
 
-        scale = lambda y, item: y if factors is None else _own_rows(y, item, values_in[0], factors.each)
+        scale = lambda y, item: y if factors is None else _own_rows(y, item, values, factors.each)
         finish = functools.partial(_finish_rows, lambda acc, item: scale(activation(acc), item), slot, outs)
         prepare = [lambda: resident.fill(inputs, *held, norm)] if stays else []
         persistent.run(ring, places.total, item_at, load, product, finish, blocks, *prepare)
 
     out = tuple(jax.ShapeDtypeStruct((s.pairs, wanted, s.matrices.shape[1]), dtype) for s in stacks)
-    operands = (*indices, *values, *(s.matrices for s in stacks), *sources)
+    operands = (
+        [s.index for s in stacks],
+        None if factors is None else factors.values,
+        [s.matrices for s in stacks],
+        [x] if norm is None else [x, norm.weight],
+    )
     stage = None if stays else (MATRIX_ROWS, blocks.depth), (blocks.columns, blocks.depth)
     scratch = [_slot(blocks, dtype), *held]
     begins = (*places.first, places.total)[count - _known(stacks)]
-    known = lambda refs: refs[len(indices) + len(values) :][:count]
-    fetch = lambda *refs: _fetch_known(known(refs), places, begins, blocks, length // blocks.depth)
-    launch = functools.partial(persistent.launch, exact_layouts=True, before=fetch)
-    return list(launch(matvec_rows, operands, out, blocks, stage, scratch))
+    fetch = lambda _, __, matrices, *refs: _fetch_known(matrices, places, begins, blocks, length // blocks.depth)
+    how = dict(exact_layouts=True, before=fetch)
+    return list(persistent.launch(matvec_rows, operands, out, blocks, stage, scratch, **how))
 
 
 def _taken(x, norm):
@@ -267,18 +258,12 @@ def columns_dot(stacks: Sequence[Stack], hidden: Sequence[jax.Array]) -> jax.Arr
 
     R is a multiple of 8, F and L are multiples of 64.
     """
-    rows, width, count = hidden[0].shape[1], stacks[0].matrices.shape[2], len(stacks)
+    rows, width = hidden[0].shape[1], stacks[0].matrices.shape[2]
     places = _Places.of(stacks, DEPTH)
     blocks = tuning.by_columns(places.total, width)
     columns, share = pl.cdiv(width, blocks.columns), pl.cdiv(places.total, blocks.parts)
-    indices, assign = _indices(stacks)
 
-    def matvec_columns(*refs):
-        refs = iter(refs)
-        take = lambda n: list(itertools.islice(refs, n))
-        chosen = assign(refs)
-        matrices, hidden, (out, ring, slot) = map(take, (count, count, 3))
-
+    def matvec_columns(chosen, matrices, hidden, out, ring, slot):
         def item_at(number):
             part, column = lax.div(number, columns), lax.rem(number, columns)
             steps = jnp.clip(places.total - part * share, 0, share)
@@ -305,7 +290,7 @@ def columns_dot(stacks: Sequence[Stack], hidden: Sequence[jax.Array]) -> jax.Arr
         persistent.run(ring, columns * blocks.parts, item_at, load, product, finish, blocks)
 
     out = jax.ShapeDtypeStruct((blocks.parts, rows, width), jnp.float32)
-    operands = (*indices, *(s.matrices for s in stacks), *hidden)
+    operands = [s.index for s in stacks], [s.matrices for s in stacks], list(hidden)
     stage = (MATRIX_ROWS, DEPTH), (DEPTH, blocks.columns)
     slot = _slot(blocks, jnp.float32)
     parts = persistent.launch(matvec_columns, operands, out, blocks, stage, [slot], exact_layouts=True)
