@@ -3,6 +3,8 @@
     top = max_n lse_n    w_n = exp(lse_n - top)    out = sum_n w_n out_n / sum_n w_n    lse = top + log sum_n w_n
 
 A thread block has one row of one head, a thread one of its columns, of `_AT_ONCE` parts at a time.
+
+Roofline, Nano, one query and 66 parts on an H100: 1.1 MB, 0.3 us. What counts is the launch.
 """
 
 from __future__ import annotations
@@ -30,19 +32,19 @@ def merge(
     """Out [B, T, G * share, 128] in `dtype` and lse [B, T, G * share] of all parts.
 
     Args:
-      outs: float32 [parts, B, R, G, 128], with row t * share + h for query t and head h of the group.
-      lses: float32 [parts, B, G, R].
+      outs: float32 [splits, B, R, G, 128], with row t * share + h for query t and head h of the group.
+      lses: float32 [splits, B, G, R].
       length: T. share: heads of a group.
     """
-    parts, batch, _, groups, width = outs.shape
-    each = min(parts, _AT_ONCE)
+    splits, batch, _, groups, width = outs.shape
+    each = min(splits, _AT_ONCE)
 
     def body(outs, lses, out, lse, slot):
         row, b, g = (lax.axis_index(name) for name in ("row", "batch", "group"))
 
         def add(i, span):
             top, total, sums = span
-            first = jnp.minimum(i * each, parts - each)
+            first = jnp.minimum(i * each, splits - each)
             l = across(read(lses.at[pl.ds(first, each), b, g, row], _EACH_PART), _WIDTH, _LAYOUT)
             part = plgpu.broadcasted_iota(jnp.int32, (each, _WIDTH), 0, layout=_LAYOUT) + first
             l = jnp.where(part >= i * each, l, -jnp.inf)  # the last ones reach back to what is done
@@ -54,7 +56,7 @@ def merge(
 
         constant = lambda value: plgpu.layout_cast(jnp.full((_WIDTH,), value, jnp.float32), _EACH_COLUMN)
         start = (constant(-jnp.inf), constant(0.0), constant(0.0))
-        top, total, sums = lax.fori_loop(0, pl.cdiv(parts, each), add, start)
+        top, total, sums = lax.fori_loop(0, pl.cdiv(splits, each), add, start)
         seen, head = total != 0.0, g * share + lax.rem(row, share)
         query = lax.div(row, share)
         out.at[b, query, head][...] = jnp.where(seen, sums / jnp.where(seen, total, 1.0), 0.0).astype(out.dtype)

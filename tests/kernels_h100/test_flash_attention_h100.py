@@ -57,8 +57,8 @@ def test_float32_takes_xla():
     assert not report.kernels
 
 
-@pytest.mark.parametrize("length, size", [(3, 5), (129, 2047)])
+@pytest.mark.parametrize("length, size", [(3, 5), (129, 2047), (1029, 2047)])
 def test_any_length(length, size):
     """Lengths that 8 does not divide, forward and backward."""
-    names = ["attention_forward", "attention_dq", "attention_dkv"]
+    names = ["attention_forward", "attention_dq", "attention_dkv", *["attention_merge"] * (length == 129)]
     check(compile_for_h100(gradients, *arguments("nano", length, size, True)), names)

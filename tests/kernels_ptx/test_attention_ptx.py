@@ -9,7 +9,7 @@ import pytest
 from kernel_cases import as_bfloat16, random
 from ptx_cases import SCHEDULES, agree, exact, on_the_machine
 
-from pallas_kernels.flash_attention import flash_attention
+from pallas_kernels.flash_attention import flash_attention, tuning
 
 FORWARD, GRADIENTS = "attention_forward", ["attention_dq", "attention_dkv"]
 
@@ -27,6 +27,13 @@ def pull(name, inputs, start, docs=None, key_docs=None):
     return out, lse, back((d_out, jnp.where(jnp.isfinite(lse), d_lse, 0)))
 
 
+@pytest.fixture
+def tiles_of_one_head(monkeypatch):
+    """As they are where queries are many."""
+    monkeypatch.setattr(tuning, "_PACKED", np.inf)
+
+
+@pytest.mark.usefixtures("tiles_of_one_head")
 def test_gradients_across_tiles():
     inputs, start = arguments(1, 130, 200, 2, 1), jnp.array([66], jnp.int32)
     found = on_the_machine(functools.partial(pull, "mosaic_gpu"), inputs, start, kernels=[FORWARD, *GRADIENTS])
@@ -47,8 +54,9 @@ def test_gradients_of_documents():
 
 @pytest.mark.parametrize("queries", [1, 130], ids=["parts-of-a-cache", "tiles"])
 @pytest.mark.parametrize("place", [0, 1], ids=["in-a-query", "in-a-visible-key"])
-def test_a_nan_is_passed_on(queries, place):
+def test_a_nan_is_passed_on(queries, place, monkeypatch):
     """To out and to lse, whatever the other parts of a cache hold: none may take it for a part without keys."""
+    monkeypatch.setattr(tuning, "_PACKED", 0 if queries == 1 else np.inf)
     inputs = list(arguments(2, queries, 260, 2, 1))
     inputs[place] = inputs[place].at[1, 0, 0, 3].set(jnp.nan)
     start = jnp.array([100, 100], jnp.int32)

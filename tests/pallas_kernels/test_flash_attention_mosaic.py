@@ -11,7 +11,7 @@ from kernel_cases import random, same_infinities
 from tiny import assert_close
 
 from pallas_kernels import choice, hopper
-from pallas_kernels.flash_attention import flash_attention, mosaic_gpu, mosaic_merge, reference
+from pallas_kernels.flash_attention import flash_attention, mosaic_gpu, mosaic_merge, reference, tuning
 from pallas_kernels.flash_attention.view import view_of
 
 plgpu = pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
@@ -29,6 +29,12 @@ def interpreted(interpreter):
     races = interpret_pallas_call.get_races().races_found
     interpret_pallas_call.reset_gpu_interpret_mode_state()
     assert not races
+
+
+@pytest.fixture
+def tiles_of_one_head(monkeypatch):
+    """As they are where queries are many."""
+    monkeypatch.setattr(tuning, "_PACKED", np.inf)
 
 
 def arguments(length, size, heads, groups, batch=1, scale=1.0):
@@ -82,12 +88,14 @@ def check(q, k, v, start, docs=None, key_docs=None, gradients=False, relative=1e
 
 
 @pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("packed", [np.inf, 0], ids=["tiles-of-one-head", "packed"])
 @pytest.mark.parametrize("length, size, start", [(127, 127, 0), (129, 300, 130)], ids=["one-tile", "offset-edges"])
-def test_prefill(length, size, start):
+def test_prefill(length, size, start, packed, monkeypatch):
+    monkeypatch.setattr(tuning, "_PACKED", packed)
     check(*arguments(length, size, 2, 1), [start])
 
 
-@pytest.mark.usefixtures("interpreted")
+@pytest.mark.usefixtures("interpreted", "tiles_of_one_head")
 def test_gradients_across_tiles():
     check(*arguments(130, 200, 2, 1), [66], gradients=True)
 
@@ -124,7 +132,7 @@ def test_decode_with_documents(monkeypatch):
     assert not actual[0][1].any()
 
 
-@pytest.mark.usefixtures("interpreted")
+@pytest.mark.usefixtures("interpreted", "tiles_of_one_head")
 @pytest.mark.parametrize("packed", [False, True], ids=["alone", "documents"])
 def test_a_stretch_of_a_longer_sequence(packed):
     """More queries than keys, as shards of a sequence meet them: all ahead of the keys, astride, behind all of them."""
