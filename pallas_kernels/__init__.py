@@ -2,7 +2,7 @@
 
 Every operation is a folder: `api.py` (the public function and the choice of implementation), `reference.py` (slow and
 obvious, the executable specification), `xla.py` (fast everywhere, plain JAX), `mosaic_*.py` (Hopper: Pallas, Mosaic
-GPU) and `tuning.py` (how those cut their work).
+GPU) and, where that takes more than a function, `tuning.py` (how those cut their work).
 
 Dimensions, in the annotations and everywhere else:
 

@@ -115,7 +115,8 @@ def target() -> str:
     """The device that a program is traced for, as JAX names its kind.
 
     A mesh in the context says it (`jax.set_mesh`, `jax.shard_map`), whether or not that device is present: so a program
-    can be compiled for a GPU that is not there. Without a mesh it is the default device, or "" where there is none.
+    can be compiled for a GPU that is not there. Without a mesh it is the first device of the default backend, or ""
+    where there is none. Only whether kernels are considered hangs on it: `jax.lax.platform_dependent` decides.
     """
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     if device is not None:

@@ -1,6 +1,7 @@
 """Block sizes that were measured: `tuned.json`, which `python -m experiments.tune` writes on a GPU.
 
-The one table of all kernels. Each has a rule of its own (`tuning.py`) for what is not in it.
+The one table of all kernels. Each has a rule of its own (`tuning.py`) for what is not in it: as long as the table is
+empty, for everything.
 """
 
 from __future__ import annotations

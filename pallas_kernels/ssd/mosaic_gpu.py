@@ -3,7 +3,7 @@
 The sequence of every head is cut into pieces, so many that heads x pieces fill the multiprocessors; a piece is walked
 in chunks of 64 tokens, its state in registers.
   1. `mosaic_steps.steps`: step sizes from dt (bias, softplus, limit), documents and pads, and the running sums a.
-  2. `mosaic_parts.piece_states`: the state that each piece but the last leaves if it starts from zero, a sum of
+  2. `mosaic_states.piece_states`: the state that each piece but the last leaves if it starts from zero, a sum of
      products over the tokens that have a weight at the piece's end.
   3. `_scan`: each piece from the state before it, the sum of what earlier ones leave, decayed. With a the running sum
      of the log decay inside a chunk,
@@ -35,7 +35,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mosaic import too_old
-from pallas_kernels.ssd import mosaic_gpu_backward, mosaic_steps, tuning
+from pallas_kernels.ssd import mosaic_gpu_backward, mosaic_states, mosaic_steps, tuning
 from pallas_kernels.ssd import mosaic_parts as parts
 from pallas_kernels.ssd.mosaic_parts import PER_COLUMN, PER_ROW, WGMMA
 from pallas_kernels.ssd.tuning import CHUNK, ROWS
@@ -100,7 +100,7 @@ _ssd.defvjp(
 @functools.partial(jax.jit, static_argnums=0)  # equal layers are traced once
 def _run(plan, inputs, steps):
     """y like x, and the state after the last token."""
-    before = parts.before_pieces(plan, inputs.x, inputs.B, steps, inputs.state)
+    before = mosaic_states.before_pieces(plan, inputs.x, inputs.B, steps, inputs.state)
     return _scan(plan, inputs.x, inputs.B, inputs.C, steps.vectors, inputs.skip, before)
 
 
@@ -257,7 +257,7 @@ def _advance(plan, place, lane, skip, before, y, after, s):
         plgpu.barrier_arrive(s.consumed.at[slot])
         return parts.following(plan, slot), state
 
-    state = parts.state_before(place, place.head + head, rows, slabs, *before)
+    state = mosaic_states.state_before(place, place.head + head, rows, slabs, *before)
     _, state = lax.fori_loop(0, place.chunks, chunk, (jnp.int32(0), state))
 
     @pl.when(place.piece == plan.pieces - 1)

@@ -5,7 +5,7 @@ In the notation of `mosaic_gpu.py`, with S the state before a chunk and G the gr
          E     = (dy x^T) exp(a_l - a_s) dt_s for s <= l              dy x^T is the gradient of the links
          dx    = links^T dy + w (B G^T) + D dy                        w_s = exp(a_end - a_s) dt_s
          dB    = E^T C + (w x) G      dC = E B + exp(a) (dy S)        summed over the heads of a group
-  1. S walks forward and G walks backward through the same two kernels (`mosaic_parts.piece_states`, `chunk_states`),
+  1. S walks forward and G walks backward through the same two kernels (`mosaic_states.piece_states`, `chunk_states`),
      which leave both for every chunk, bfloat16.
   2. `_chunk_gradients` does the rest. Its chunks are independent, so a thread block takes one chunk of one group and
      sums dB and dC over the heads in registers: in a walk with G in registers a multiprocessor has room for two heads,
@@ -40,7 +40,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mosaic import launch, read, swizzled
 from pallas_kernels.ssd import mosaic_parts as parts
-from pallas_kernels.ssd import mosaic_steps, tuning
+from pallas_kernels.ssd import mosaic_states, mosaic_steps, tuning
 from pallas_kernels.ssd.mosaic_parts import PER_COLUMN, PER_ROW, WGMMA
 from pallas_kernels.ssd.tuning import CHUNK, ROWS
 from pallas_kernels.tiles import pad_to
@@ -98,10 +98,10 @@ def _by_slices(inputs, steps, dy, d_state):
 
 @functools.partial(jax.jit, static_argnums=0)  # equal layers are traced once
 def _run(plan, inputs, steps, dy, d_state):
-    """The gradients of `inputs`, in a tuple like it, and those of log decays and steps, [B, T rounded up, K]."""
+    """The gradients of `inputs`, in a tuple like it, and those of log decays and steps, [B, T rounded up, GH]."""
     x, B, C, skip, state = inputs
-    states, _ = parts.chunk_states(plan, x, B, steps, state)
-    d_states, d_state = parts.chunk_states(plan, dy, C, steps, d_state, reverse=True)
+    states, _ = mosaic_states.chunk_states(plan, x, B, steps, state)
+    d_states, d_state = mosaic_states.chunk_states(plan, dy, C, steps, d_state, reverse=True)
     dx, dB, dC, sums = _chunk_gradients(plan, (x, dy, B, C, states, d_states, steps.vectors), skip)
     heads = x.shape[2]
     of_steps = steps.ends[..., :heads], steps.vectors[:, :heads, parts.STEP]
@@ -130,10 +130,10 @@ class _Sums(NamedTuple):
 
 
 def _token_gradients(sums, ends, step):
-    """Gradients of log decay and step, [B, T, K], and of skip, [K].
+    """Gradients of log decay and step, [B, T, GH], and of skip, [GH].
 
     Args:
-      sums: [B, K, row blocks, 6, T]. ends: log decay over each chunk, [B, c, K]. step: [B, K, T].
+      sums: [B, GH, row blocks, 6, T]. ends: log decay over each chunk, [B, c, GH]. step: [B, GH, T].
     """
     sums = _Sums(*rearrange(sums.sum(axis=2), "b k v (c l) -> v b c l k", l=CHUNK))
     step = rearrange(step, "b k (c l) -> b c l k", l=CHUNK)

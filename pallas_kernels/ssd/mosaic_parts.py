@@ -1,4 +1,4 @@
-"""What the forward and the backward pass of the Hopper scan share: what they take, and piece states.
+"""What the forward and the backward pass of the Hopper scan share: what they take, and the steps of a kernel.
 
 Only the first kernel (`mosaic_steps.py`) knows of documents and padding. A document's first token decays by 2^-256,
 which is zero however it is summed; a pad has dt = 0 and no decay. Widths that are not a multiple of 64 are padded in
@@ -7,10 +7,8 @@ memory.
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jax import lax
@@ -24,7 +22,6 @@ from pallas_kernels.ssd.tuning import CHUNK, ROWS
 from pallas_kernels.tiles import pad_to
 
 RESET = -256.0  # log2 of the decay into a new document
-_NO_WEIGHT = -150.0  # and that of half the smallest float32 that is not zero
 WGMMA = plgpu.Layout.WGMMA
 PER_ROW, PER_COLUMN = WGMMA.reduce(1), WGMMA.reduce(0)
 COARSE, FINE, STEP = 0, 1, 2  # of the vectors of a chunk
@@ -34,11 +31,11 @@ COARSE, FINE, STEP = 0, 1, 2  # of the vectors of a chunk
 
 
 class Inputs(NamedTuple):
-    """What the kernels get beside the steps: K heads in all, width P a multiple of 64.
+    """What the kernels get beside the steps: GH heads in all, width P a multiple of 64.
 
     Attributes:
-      x: [B, T, K, P] bfloat16, T a multiple of 8. B, C: [B, T, G, N] bfloat16; K / G heads share them.
-      skip: [K] float32. state: [B, K, P, N] float32, before the first token.
+      x: [B, T, GH, P] bfloat16, T a multiple of 8. B, C: [B, T, G, N] bfloat16; GH / G heads share them.
+      skip: [GH] float32. state: [B, GH, P, N] float32, before the first token.
     """
 
     x: Any
@@ -52,9 +49,9 @@ class Steps(NamedTuple):
     """Steps and decays of all chunks of 64 tokens.
 
     Attributes:
-      vectors: running sums of the log decays (base 2), coarse and fine, and steps, [B, K, 3, T] float32, K rounded up
+      vectors: running sums of the log decays (base 2), coarse and fine, and steps, [B, GH, 3, T] float32, GH rounded up
         to 64 and T to whole chunks; what is more does nothing.
-      ends: log decay over each chunk, [B, c, K], K as above.
+      ends: log decay over each chunk, [B, c, GH], GH as above.
     """
 
     vectors: Any
@@ -81,11 +78,6 @@ def running_sum(a, axis):
         earlier = lax.slice_in_dim(a, 0, CHUNK - step, axis=axis)
         a += jnp.pad(earlier, [(step if i == axis else 0, 0) for i in range(a.ndim)])
     return a
-
-
-def before_pieces(plan, x, B, steps, initial, reverse=False):
-    """What `state_before` takes: the state before the first piece, or `piece_states` if there are others."""
-    return piece_states(plan, x, B, steps, initial, reverse) if plan.pieces > 1 else (initial,)
 
 
 # Device side.
@@ -120,7 +112,7 @@ class Place:
 
 
 def launch_walk(plan, body, name, x, pieces, out_type, scratch, threads=None):
-    """A kernel whose thread blocks are `Place`s; x: [B, T, K, P]. threads: warpgroups, one more than lanes if None."""
+    """A kernel whose thread blocks are `Place`s; x: [B, T, GH, P]. threads: warpgroups, one more than lanes if None."""
     batch, _, heads, width = x.shape
     grid = dict(blocks=width // ROWS // plan.blocks, batch=batch, heads=heads // plan.heads, piece=pieces)
     return launch(body, name, grid, threads or 1 + plan.lanes, out_type, scratch)
@@ -198,47 +190,17 @@ def slabs_of(state_size):
     return [pl.ds(i, ROWS) for i in range(0, state_size, ROWS)]
 
 
-def has_weight(log_decay):
-    """Whether `exp2(log_decay)` is more than zero, or NaN."""
-    return ~(log_decay <= _NO_WEIGHT)
-
-
-def state_before(place, head, rows, slabs, states, decays=None):
-    """The state before a piece: what all that is earlier leaves, from the last to the first that has a weight."""
-    load = lambda ref: tuple(read(ref.at[rows, slab], WGMMA) for slab in slabs)
-    states = states.at[place.batch, head]
-    if decays is None:
-        return load(states)
-
-    def add(carry):
-        q, rest, state = carry
-        decay = decays[place.batch, head, q]
-        state = tuple(v + jnp.exp2(rest) * a for v, a in zip(state, load(states.at[q]), strict=True))
-        return q - 1, rest + decay, state
-
-    carry = place.piece, jnp.float32(0.0), tuple(zeros() for _ in slabs)
-    return lax.while_loop(lambda carry: (carry[0] >= 0) & has_weight(carry[1]), add, carry)[2]
-
-
 def zeros():
     return plgpu.layout_cast(jnp.zeros((ROWS, ROWS), jnp.float32), WGMMA)
 
 
-def _log_to_end(vectors, coarse, fine):
+def log_to_end(vectors, coarse, fine):
     return (vectors[COARSE, CHUNK - 1] - coarse) + (vectors[FINE, CHUNK - 1] - fine)
 
 
 def to_end(vectors, coarse, fine):
     """The decay from each token, without its own, to the chunk's end."""
-    return jnp.exp2(_log_to_end(vectors, coarse, fine))
-
-
-def _walk_weights(vectors, reverse, later=None):
-    """The weight of each token in the state behind its chunk, or a log decay of `later` behind that."""
-    coarse, fine, step = load_vectors(vectors, PER_COLUMN)
-    log_decay = coarse + fine if reverse else _log_to_end(vectors, coarse, fine)
-    decay = jnp.exp2(log_decay if later is None else log_decay + later)
-    return decay if reverse else decay * step
+    return jnp.exp2(log_to_end(vectors, coarse, fine))
 
 
 def weighted(x, weights):
@@ -280,201 +242,3 @@ def drain(plan, chunks, s):
     @pl.loop(jnp.maximum(0, chunks - plan.slots), chunks)
     def _(c):
         plgpu.barrier_wait(s.consumed.at[lax.rem(c, plan.slots)])
-
-
-# Kernels that walk the pieces for their states.
-#
-# Forward in time a state is S = decay S + (x^T weights) B with the weight exp(a_end - a_s) dt_s of each token. Backward
-# in time it is the gradient with respect to S, which has dy for x, C for B, and the weight exp(a_s).
-
-
-class _WalkScratch(NamedTuple):
-    x: Any
-    B: Any
-    vectors: Any
-    kept: Any
-    loaded: Any
-    consumed: Any
-    spare: Any
-
-
-def _walk_scratch(plan, state_size, keep):
-    slots, lanes = plan.slots, plan.lanes
-    return _WalkScratch(
-        x=matrices(slots, lanes, CHUNK, ROWS),
-        B=matrices(slots, CHUNK, state_size),
-        vectors=floats(slots, plan.heads, 3, CHUNK),
-        kept=matrices(lanes, ROWS, state_size) if keep else None,
-        loaded=plgpu.Barrier(num_arrivals=2 + lanes, num_barriers=slots),
-        consumed=plgpu.Barrier(num_arrivals=lanes, num_barriers=slots),
-        spare=spare_tiles(lanes),
-    )
-
-
-def piece_states(plan, x, B, steps, initial, reverse=False):
-    """What is before each piece: states [B, K, pieces, P, N] and log decays [B, K, pieces].
-
-    The first is the state `initial`, with a log decay of zero; each other one is what the piece before leaves if it
-    starts from zero, and the log decay over that piece.
-
-    A piece is walked from its end: the weights of tokens are those at the end, and nothing but sums is left. Where all
-    that is further away has weights of zero, the walk is over, and so is the log decay: what there is of it gives zero.
-    """
-    (batch, _, heads, width), state_size = x.shape, B.shape[-1]
-    slabs, walked = slabs_of(state_size), plan.chunks if reverse else (plan.pieces - 1) * plan.piece
-    assert steps.ends.shape[1] >= walked, "a piece ends behind the last chunk"
-
-    def body(x, B, vectors, ends, initial, states, decays, *scratch):
-        s, place, thread = _WalkScratch(*scratch), Place(plan, reverse), lax.axis_index("thread")
-        walk = functools.partial(_from_the_end, plan, place, ends)
-
-        @pl.when(thread == 0)
-        def _():
-            count, _ = walk(lambda i, c, _: _load_walk(plan, place, i, c, x, B, vectors, s))
-            drain(plan, count, s)
-
-        @pl.when(thread > 0)
-        def _():
-            lane = thread - 1
-            head, rows = _lane(plan, place, lane)
-            # A thread block has one head or two (`tuning.plan`).
-            own = lambda rests: rests[0] if plan.heads == 1 else jnp.where(head == place.head, *rests)
-
-            def put(index, state, decay):
-                _store_state(states.at[place.batch, head, index, rows], slabs, state)
-                decays[place.batch, head, index] = decay
-
-            def sum_up(*sums):
-                _, rests = walk(lambda i, _, rests: _accumulate(plan, lane, i, own(rests), sums, slabs, reverse, s))
-                put(place.piece + 1, [acc[...] for acc in sums], own(rests))
-
-            pl.run_scoped(sum_up, *(plgpu.ACC((ROWS, ROWS), jnp.float32) for _ in slabs))
-
-            @pl.when(place.piece == 0)
-            def _():
-                first = initial.at[place.batch, head, rows]
-                put(0, [read(first.at[:, slab], WGMMA) for slab in slabs], jnp.float32(0.0))
-
-    out_type = tuple(
-        jax.ShapeDtypeStruct((batch, heads, plan.pieces, *n), jnp.float32) for n in ((width, state_size), ())
-    )
-    scratch = _walk_scratch(plan, state_size, keep=False)
-    run = launch_walk(plan, body, "ssd_piece_states", x, plan.pieces - 1, out_type, scratch)
-    return run(x, B, *steps, initial)
-
-
-def _from_the_end(plan, place, ends, visit):
-    """Runs `visit(i, chunk, rests)` for a piece's chunks, the last one first, until nothing that is left has a weight.
-
-    rests: log decay from the chunk to the piece's end, for each of the heads.
-
-    Returns: how many chunks that were, and the log decay over them.
-    """
-
-    def step(carry):
-        i, rests = carry
-        c = place.chunks - 1 - i
-        decays = [ends[place.batch, place.chunk(c), place.head + h] for h in range(plan.heads)]
-        visit(i, c, rests)
-        return i + 1, tuple(rest + decay for rest, decay in zip(rests, decays, strict=True))
-
-    def matters(carry):
-        i, rests = carry
-        return (i < place.chunks) & functools.reduce(jnp.logical_or, map(has_weight, rests))
-
-    return lax.while_loop(matters, step, (jnp.int32(0), (jnp.float32(0.0),) * plan.heads))
-
-
-def _accumulate(plan, lane, i, rest, sums, slabs, reverse, s):
-    """Adds up what the chunk that was loaded as number `i` leaves at the piece's end."""
-    slot = lax.rem(i, plan.slots)
-    plgpu.barrier_wait(s.loaded.at[slot])
-    vectors = s.vectors.at[slot, lax.div(lane, plan.blocks)]
-    x = weighted(load_transposed(s.x.at[slot, lane]), _walk_weights(vectors, reverse, rest))
-    for acc, slab in zip(sums, slabs, strict=True):
-        multiply(acc, x, s.B.at[slot, :, slab], spare_of(lane, s))
-    # The registers of the operand are free only now: the next chunk must not be prepared before.
-    plgpu.wgmma_wait(0)
-    plgpu.barrier_arrive(s.consumed.at[slot])
-
-
-def chunk_states(plan, x, B, steps, initial, reverse=False):
-    """The state before each chunk of the walk, [B, K, c, P, N] bfloat16, and that after the last, float32.
-
-    initial: the state before the first.
-    """
-    (batch, _, heads, width), state_size = x.shape, B.shape[-1]
-
-    before = before_pieces(plan, x, B, steps, initial, reverse)
-
-    def body(x, B, vectors, *refs):
-        earlier, (states, after, *scratch) = refs[: len(before)], refs[len(before) :]
-        s, place, thread = _WalkScratch(*scratch), Place(plan, reverse), lax.axis_index("thread")
-
-        @pl.when(thread == 0)
-        def _():
-            pl.loop(0, place.chunks)(lambda c: _load_walk(plan, place, c, c, x, B, vectors, s))
-            drain(plan, place.chunks, s)
-
-        @pl.when(thread > 0)
-        def _():
-            lane = thread - 1
-            head, rows = _lane(plan, place, lane)
-            slabs = slabs_of(state_size)
-
-            def keep(c, state):
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                for slab, value in zip(slabs, state, strict=True):
-                    s.kept.at[lane, :, slab][...] = value.astype(jnp.bfloat16)
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(s.kept.at[lane], states.at[place.batch, head, place.chunk(c), rows])
-
-            state = state_before(place, head, rows, slabs, *earlier)
-            state = _walk(plan, place, lane, state, reverse, s, keep)
-            is_last = place.piece == plan.pieces - 1
-            pl.when(is_last)(lambda: _store_state(after.at[place.batch, head, rows], slabs, state))
-            plgpu.wait_smem_to_gmem(0)
-
-    states = jax.ShapeDtypeStruct((batch, heads, plan.chunks, width, state_size), jnp.bfloat16)
-    after = jax.ShapeDtypeStruct((batch, heads, width, state_size), jnp.float32)
-    scratch = _walk_scratch(plan, state_size, keep=True)
-    return launch_walk(plan, body, "ssd_chunk_states", x, plan.pieces, (states, after), scratch)(
-        x, B, steps.vectors, *before
-    )
-
-
-def _lane(plan, place, lane):
-    """Head and rows of a warpgroup."""
-    return place.head + lax.div(lane, plan.blocks), place.rows(lax.rem(lane, plan.blocks))
-
-
-def _store_state(ref, slabs, state):
-    for slab, value in zip(slabs, state, strict=True):
-        ref.at[:, slab][...] = value
-
-
-def _load_walk(plan, place, i, c, x, B, vectors, s):
-    """Loads a piece's chunk `c` as number `i` of the walk."""
-    slot = lax.rem(i, plan.slots)
-    pl.when(i >= plan.slots)(lambda: plgpu.barrier_wait(s.consumed.at[slot]))
-    copy = lambda source, target: plgpu.copy_gmem_to_smem(source, target, s.loaded.at[slot])
-    load_keys(place, B, x, place.tokens(c), s.B.at[slot], copy)
-    load_values(plan, place, x, place.tokens(c), s.x.at[slot], copy)
-    copy_vectors(plan, place, vectors, place.tokens(c), s.vectors.at[slot], copy)
-
-
-def _walk(plan, place, lane, state, reverse, s, visit):
-    """The state after a piece; `visit` sees it before each chunk."""
-
-    def chunk(c, state):
-        slot = lax.rem(c, plan.slots)
-        visit(c, state)
-        plgpu.barrier_wait(s.loaded.at[slot])
-        vectors = s.vectors.at[slot, lax.div(lane, plan.blocks)]
-        weights = _walk_weights(vectors, reverse)
-        x = load_transposed(s.x.at[slot, lane])
-        state = next_state(state, x, weights, vectors, s.B.at[slot], spare_of(lane, s))
-        plgpu.barrier_arrive(s.consumed.at[slot])
-        return state
-
-    return lax.fori_loop(0, place.chunks, chunk, state)

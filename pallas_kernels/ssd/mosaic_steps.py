@@ -110,7 +110,7 @@ def steps(dt, A, dt_bias, dt_limit, documents, initial_document) -> parts.Steps:
 
 
 def differentiable(dt, A, dt_bias, dt_limit, documents, initial_document):
-    """What `steps` computes before its sums, in plain JAX for the gradient: log decays and steps, [B, T, K]."""
+    """What `steps` computes before its sums, in plain JAX for the gradient: log decays and steps, [B, T, GH]."""
     step = xla.step_sizes(dt, dt_bias, dt_limit, documents)
     is_first = False if documents is None else parts.begins(documents, initial_document)[..., None, None]
     log_decay = _log_decays(step, A, is_first)

@@ -62,7 +62,7 @@ def plan(batch: int, length: int, heads: int, share: int, width: int, state: int
 
 
 def plan_of(x: Any, B: Any) -> Plan:
-    """The plan for a scan of x [B, T, K, P] and B [B, T, G, N]."""
+    """The plan for a scan of x [B, T, GH, P] and B [B, T, G, N]."""
     (batch, length, heads, width), (groups, state) = x.shape, B.shape[2:]
     return plan(batch, length, heads, heads // groups, width, state)
 

@@ -90,7 +90,7 @@ def _pad(inputs, amount):
     return (pad(x), pad(dt), pad(B), pad(C), *rest)
 
 
-class _Links(NamedTuple):
+class _Reaches(NamedTuple):
     """Which links of a span exist; shapes broadcast against [B, c, H, l, s] without H.
 
     Attributes:
@@ -109,10 +109,10 @@ def _links(chunk, documents=None, initial_document=None):
     causal = jnp.tril(jnp.ones((chunk, chunk), bool))[None, None]
     if documents is None:
         always = jnp.ones((1, 1, chunk), bool)
-        return _Links(causal, always, always, always[..., 0])
+        return _Reaches(causal, always, always, always[..., 0])
     document = rearrange(documents, "b (c l) -> b c l", l=chunk)
     before = jnp.concatenate([initial_document[:, None], document[:, :-1, -1]], axis=1)
-    return _Links(
+    return _Reaches(
         causal & (document[..., :, None] == document[..., None, :]),
         document == before[..., None],
         document == document[..., -1:],

@@ -10,7 +10,7 @@ from kernel_cases import documents, fill_pads
 from ssd_cases import DOCUMENTS, NO_LIMIT, arguments, masked, short_pieces, without_races  # noqa: F401
 
 from pallas_kernels import hopper
-from pallas_kernels.ssd import mosaic_gpu, mosaic_parts, mosaic_steps, reference, tuning
+from pallas_kernels.ssd import mosaic_gpu, mosaic_states, mosaic_steps, reference, tuning
 
 pytestmark = pytest.mark.usefixtures("interpreter")
 
@@ -128,7 +128,7 @@ def test_piece_states_read_no_token_whose_weight_is_zero(rates, reverse):
     B = np.asarray(values["B"][:, :, 0], np.float32)
     of_one = jnp.full((1, 8 * 64, 1, 2), np.log(np.expm1(1.0)), jnp.float32)
     found = mosaic_steps.steps(of_one, jnp.array([rates]), jnp.zeros((1, 2)), NO_LIMIT, None, None)
-    run = functools.partial(mosaic_parts.piece_states, plan, reverse=reverse)
+    run = functools.partial(mosaic_states.piece_states, plan, reverse=reverse)
     states, decays = without_races(run, jnp.asarray(x, jnp.bfloat16), values["B"], found, values["initial_state"][:, 0])
     np.testing.assert_array_equal(states[:, :, 0], values["initial_state"][:, 0])
     assert (decays[..., 0] == 0).all()
