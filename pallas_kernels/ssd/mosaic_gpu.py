@@ -231,10 +231,9 @@ def _decays(vectors, coarse, fine, first, columns):
     """
     size = columns.size
     column_coarse, column_fine, column_step = parts.load_vectors(vectors.at[:, columns], PER_COLUMN)
-    across, down = (lambda v: parts.across(v, size)), parts.down
-    pair = (across(coarse) - down(column_coarse)) + (across(fine) - down(column_fine))
+    pair = parts.log_decay_between((coarse, fine), (column_coarse, column_fine))
     row, column = (plgpu.broadcasted_iota(jnp.int32, (CHUNK, size), i, layout=WGMMA) for i in (0, 1))
-    return jnp.where(row >= column + first, jnp.exp2(pair), 0.0) * down(column_step)
+    return jnp.where(row >= column + first, jnp.exp2(pair), 0.0) * parts.down(column_step)
 
 
 def _advance(plan, place, lane, skip, before, y, after, s):
@@ -260,11 +259,8 @@ def _advance(plan, place, lane, skip, before, y, after, s):
     state = mosaic_states.state_before(place, place.head + head, rows, slabs, *before)
     _, state = lax.fori_loop(0, place.chunks, chunk, (jnp.int32(0), state))
 
-    @pl.when(place.piece == plan.pieces - 1)
-    def _():
-        for slab, value in zip(slabs, state, strict=True):
-            after.at[place.batch, place.head + head, rows, slab][...] = value
-
+    is_last = place.piece == plan.pieces - 1
+    pl.when(is_last)(lambda: parts.store_state(after.at[place.batch, place.head + head, rows], slabs, state))
     plgpu.wait_smem_to_gmem(0)
 
 

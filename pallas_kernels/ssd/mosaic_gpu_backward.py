@@ -38,12 +38,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.documents import without_pads
 from pallas_kernels.mosaic import launch, read, swizzled
 from pallas_kernels.ssd import mosaic_parts as parts
 from pallas_kernels.ssd import mosaic_states, mosaic_steps, tuning
 from pallas_kernels.ssd.mosaic_parts import PER_COLUMN, PER_ROW, WGMMA
 from pallas_kernels.ssd.tuning import CHUNK, ROWS
-from pallas_kernels.tiles import pad_to
 
 _LN2 = math.log(2)
 
@@ -57,11 +57,8 @@ def gradients(dt_limit, inputs, cotangents):
     of_steps = lambda *inputs: mosaic_steps.differentiable(*inputs, dt_limit, *owners)
     _, pull_steps = jax.vjp(of_steps, dt, A, dt_bias)
     steps = mosaic_steps.steps(dt, A, dt_bias, dt_limit, *owners)
-    if documents is not None:
-        dy = jnp.where((documents > 0)[..., None, None, None], dy, 0)
-    dy = rearrange(pad_to(pad_to(dy, axis=1), 4, ROWS), "b t g h p -> b t (g h) p")
-    d_state = rearrange(pad_to(d_state, 3, ROWS), "b g h p n -> b (g h) p n")
-    d_inputs, d_steps = _by_slices(arranged, steps, dy, d_state)
+    (dy,) = without_pads(documents, dy)
+    d_inputs, d_steps = _by_slices(arranged, steps, parts.by_head(dy), parts.state_by_head(d_state))
     dx, dB, dC, dD, d_initial_state = pull(d_inputs)
     d_dt, dA, d_bias = pull_steps(tuple(a[:, : x.shape[1]] for a in d_steps))
     return dx, d_dt, dA, dB, dC, dD, d_bias, d_initial_state
@@ -245,7 +242,7 @@ _COLUMNS = 32  # of the links, that are made at a time
 _COLUMN_PARTS = [pl.ds(first, _COLUMNS) for first in range(0, CHUNK, _COLUMNS)]
 
 
-def _square(a, b):
+def _all_pairs(a, b):
     """a b^T of two matrices in shared memory."""
     return parts.product((CHUNK, CHUNK), (a, b.transpose((1, 0))))
 
@@ -272,10 +269,7 @@ def _kept(ref):
 
 def _decays(rows, columns):
     """exp(a_row - a_column); 1 where a_column is the smaller, so that zero times it is zero."""
-    (row_coarse, row_fine, _), (column_coarse, column_fine, _) = rows, columns
-    across, down = (lambda v: parts.across(v, _COLUMNS)), parts.down
-    pair = (across(row_coarse) - down(column_coarse)) + (across(row_fine) - down(column_fine))
-    return jnp.exp2(jnp.minimum(pair, 0.0))
+    return jnp.exp2(jnp.minimum(parts.log_decay_between(rows[: parts.STEP], columns[: parts.STEP]), 0.0))
 
 
 def _store(ref, tokens, **sums):
@@ -291,7 +285,7 @@ def _from_outputs(place, inputs, outputs, s):
         _load(place, jnp.int32(unit), inputs, s)
     slabs, (row, column) = parts.slabs_of(s.C.shape[-1]), _indices()
     plgpu.barrier_wait(s.shared_loaded)
-    _keep(_square(s.C, s.B), row - column, s.scores.at[0])
+    _keep(_all_pairs(s.C, s.B), row - column, s.scores.at[0])
 
     def visit(unit, dC):
         slot, (head, block) = lax.rem(unit, place.slots), place.head(unit)
@@ -319,7 +313,7 @@ def _from_outputs(place, inputs, outputs, s):
 
 def _add_to_dC(dC, slot, slabs, s):
     """dC, and the sum `arrived`."""
-    rows, products = parts.load_vectors(s.vectors.at[slot], PER_ROW), _square(s.dy.at[slot], s.x.at[slot])
+    rows, products = parts.load_vectors(s.vectors.at[slot], PER_ROW), _all_pairs(s.dy.at[slot], s.x.at[slot])
     arrived, E, new = 0.0, [], []
     for part in _COLUMN_PARTS:
         columns = parts.load_vectors(s.vectors.at[slot, :, part], PER_COLUMN)
@@ -354,7 +348,7 @@ def _from_inputs(place, skip, outputs, s):
     dx_ref, dB_ref, _, sums = outputs
     slabs, (row, column) = parts.slabs_of(s.B.shape[-1]), _indices()
     plgpu.barrier_wait(s.shared_loaded)
-    scores = _square(s.B, s.C)
+    scores = _all_pairs(s.B, s.C)
     own_score = jnp.where(row == column, scores, 0.0).sum(axis=1)
     _keep(scores, column - row, s.scores.at[1])
 
@@ -384,7 +378,7 @@ def _from_inputs(place, skip, outputs, s):
 def _transposed(rows, slot, s):
     """E^T [s, l], links^T of pairs l > s, both bfloat16, and the sum `linked`."""
     negative, step = (lambda vectors: tuple(-v for v in vectors)), parts.across(rows[parts.STEP], _COLUMNS)
-    products, linked, E, links = _square(s.x.at[slot], s.dy.at[slot]), 0.0, [], []
+    products, linked, E, links = _all_pairs(s.x.at[slot], s.dy.at[slot]), 0.0, [], []
     for part in _COLUMN_PARTS:
         columns = parts.load_vectors(s.vectors.at[slot, :, part], PER_COLUMN)
         scores, is_link = _kept(s.scores.at[1, :, part])

@@ -60,9 +60,18 @@ class Steps(NamedTuple):
 
 def arrange(x, B, C, D, initial_state) -> Inputs:
     """Heads in one axis; the width padded."""
-    heads = lambda a: pad_to(rearrange(a, "b t g h p -> b t (g h) p"), axis=1)
-    state = rearrange(pad_to(initial_state, 3, ROWS), "b g h p n -> b (g h) p n")
-    return Inputs(heads(pad_to(x, 4, ROWS)), pad_to(B, axis=1), pad_to(C, axis=1), D.reshape(-1), state)
+    B, C = (pad_to(a, axis=1) for a in (B, C))
+    return Inputs(by_head(x), B, C, D.reshape(-1), state_by_head(initial_state))
+
+
+def by_head(x):
+    """[B, T, G, H, P] as `Inputs` has it."""
+    return pad_to(rearrange(pad_to(x, 4, ROWS), "b t g h p -> b t (g h) p"), axis=1)
+
+
+def state_by_head(state):
+    """[B, G, H, P, N] as `Inputs` has it."""
+    return rearrange(pad_to(state, 3, ROWS), "b g h p n -> b (g h) p n")
 
 
 def begins(documents, initial_document):
@@ -174,6 +183,21 @@ def spare_tiles(lanes):
 
 def spare_of(lane, s):
     return None if s.spare is None else s.spare.at[lane]
+
+
+def log_decay_between(rows, columns):
+    """a_row - a_column of each pair, from the coarse and the fine part of both.
+
+    Each part's difference by itself: those of the coarse ones are exact, and the fine ones are small.
+    """
+    (row_coarse, row_fine), (column_coarse, column_fine) = rows, columns
+    wide, tall = (lambda v: across(v, column_coarse.shape[0])), down
+    return (wide(row_coarse) - tall(column_coarse)) + (wide(row_fine) - tall(column_fine))
+
+
+def store_state(ref, slabs, state):
+    for slab, value in zip(slabs, state, strict=True):
+        ref.at[:, slab][...] = value
 
 
 def load_transposed(tile):

@@ -104,7 +104,7 @@ def piece_states(plan, x, B, steps, initial, reverse=False):
             own = lambda rests: rests[0] if plan.heads == 1 else jnp.where(head == place.head, *rests)
 
             def put(index, state, decay):
-                _store_state(states.at[place.batch, head, index, rows], slabs, state)
+                parts.store_state(states.at[place.batch, head, index, rows], slabs, state)
                 decays[place.batch, head, index] = decay
 
             def sum_up(*sums):
@@ -195,7 +195,7 @@ def chunk_states(plan, x, B, steps, initial, reverse=False):
             state = state_before(place, head, rows, slabs, *earlier)
             state = _advance_through(plan, place, lane, state, reverse, s, keep)
             is_last = place.piece == plan.pieces - 1
-            pl.when(is_last)(lambda: _store_state(after.at[place.batch, head, rows], slabs, state))
+            pl.when(is_last)(lambda: parts.store_state(after.at[place.batch, head, rows], slabs, state))
             plgpu.wait_smem_to_gmem(0)
 
     states = jax.ShapeDtypeStruct((batch, heads, plan.chunks, width, state_size), jnp.bfloat16)
@@ -209,11 +209,6 @@ def chunk_states(plan, x, B, steps, initial, reverse=False):
 def _lane(plan, place, lane):
     """Head and rows of a warpgroup."""
     return place.head + lax.div(lane, plan.blocks), place.rows(lax.rem(lane, plan.blocks))
-
-
-def _store_state(ref, slabs, state):
-    for slab, value in zip(slabs, state, strict=True):
-        ref.at[:, slab][...] = value
 
 
 def _load_walk(plan, place, i, c, x, B, vectors, s):
