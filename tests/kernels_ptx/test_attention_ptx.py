@@ -40,8 +40,9 @@ def test_gradients_across_tiles():
     agree(found, pull("reference", exact(inputs), start), [1e-2, 1e-5, 1e-2, 1e-2, 1e-2])
 
 
-def test_gradients_of_documents():
-    """Resets in mid-tile and pads; a row of nothing but pads."""
+def test_gradients_of_documents(monkeypatch):
+    """Resets in mid-tile and pads; a row of nothing but pads. The keys are cut into parts."""
+    monkeypatch.setattr(tuning, "_splits", lambda tiles, blocks: blocks)
     runs = [[(1, 50), (0, 3), (2, 60), (0, 1), (3, 22)], [(0, 136)]]
     docs = np.stack([np.concatenate([np.full(count, value, np.int32) for value, count in row]) for row in runs])
     inputs, more = arguments(2, 136, 136, 1, 1), (jnp.zeros(2, jnp.int32), jnp.asarray(docs), jnp.asarray(docs))

@@ -21,7 +21,6 @@ TO_TILES, TO_ROWS, PER_EXPERT = (f"expert_mlp_{name}" for name in ("to_tiles", "
 def few_multiprocessors(monkeypatch):
     """Four of them: two clusters. From 200 rows on, tiles have 128."""
     monkeypatch.setattr(hopper, "SMS", 4)
-    monkeypatch.setattr(hopper, "SMS", 3)
     monkeypatch.setattr(tuning, "tile_rows", lambda rows, experts: 128 if rows >= 200 else 16)
     monkeypatch.setattr(tuning, "_cut", lambda rows, width: (128, 1 + (rows == 128)))
     monkeypatch.setattr(tuning, "_MOST_STAGES", 3)
