@@ -28,7 +28,7 @@ help:
 .venv/ready: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 with venv is needed, none was found" >&2; exit 1; }
 	"$(PYTHON)" -m venv --clear .venv
-	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
+	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[plan,test]"
 	touch $@
 
 .venv-parity/ready: pyproject.toml constraints.txt
@@ -53,6 +53,7 @@ kernels: .venv/ready
 	.venv/bin/python -m pytest -m "not extended" tests/kernels_h100 tests/kernels_ptx \
 		tests/pallas_kernels/test_*_mosaic.py --numprocesses 2 --dist loadfile
 
+parity: export XLA_FLAGS ?=
 parity: .venv-parity/ready
 	.venv-parity/bin/python -m pytest -m "not extended" tests/parity --numprocesses 2 --dist loadfile
 

@@ -8,6 +8,7 @@ PATH/...             tokenizer, generation config, chat template, as they came
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
 import time
@@ -55,14 +56,15 @@ def require_directory(path: Path) -> Path:
 def new_directory(target: Path, *, overwrite: bool, needed_bytes: int) -> Iterator[Path]:
     """A directory to fill, which becomes `target` when the block ends well, and leaves nothing when it does not.
 
-    A killed run leaves `.NAME.partial` beside the target; the next run starts over from nothing.
+    A killed run leaves `.NAME.partial` beside the target; the next run starts over from nothing, unless another one is
+    still writing there.
 
     Args:
       target: where the result goes. overwrite: whether a non-empty target may be replaced.
       needed_bytes: what will be written, checked against the free space first.
 
     Raises:
-      InputError: the target exists, cannot be made, or does not fit on the disk.
+      InputError: the target exists, cannot be made, does not fit on the disk, or is what another run is writing.
     """
     target = Path(target).resolve()  # a link to a directory could not be replaced at the end
     if target.exists() and not target.is_dir():
@@ -72,17 +74,16 @@ def new_directory(target: Path, *, overwrite: bool, needed_bytes: int) -> Iterat
     partial = target.parent / f".{target.name}.partial"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
-        free = shutil.disk_usage(target.parent).free
-        if needed_bytes > free:
-            raise InputError(
-                f"{target}: needs {needed_bytes / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free; make room"
-            )
-        partial.mkdir()
-        yield partial
-        if target.is_dir() and overwrite:
-            shutil.rmtree(target)
-        partial.rename(target)  # also replaces an empty directory, and refuses one that was filled meanwhile
+        with _only_writer(partial):
+            free = shutil.disk_usage(target.parent).free
+            if needed_bytes > free:
+                raise InputError(
+                    f"{target}: needs {needed_bytes / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free; make room"
+                )
+            yield partial
+            if target.is_dir() and overwrite:
+                shutil.rmtree(target)
+            partial.rename(target)  # also replaces an empty directory, and refuses one that was filled meanwhile
     except OSError as error:
         problem = error.strerror or str(error)
         raise InputError(f"{target}: cannot be written ({problem}); check permissions and free space") from None
@@ -94,8 +95,40 @@ def new_directory(target: Path, *, overwrite: bool, needed_bytes: int) -> Iterat
                 f"{target}: cannot be written, no space is left on the disk; make room and start again"
             ) from None
         raise
+
+
+@contextmanager
+def _only_writer(directory: Path) -> Iterator[None]:
+    """Makes the directory, or empties it, and lets no other process do so meanwhile; removes it if the block fails.
+
+    Raises:
+      InputError: another process has it.
+    """
+    directory.mkdir(exist_ok=True)
+    handle = os.open(directory, os.O_RDONLY)  # the system lets go of it however this process ends
+    try:
+        if not _is_ours(handle, directory):
+            raise InputError(f"{directory}: another run is writing there; let it end, or choose another target")
+        try:
+            for item in directory.iterdir():
+                shutil.rmtree(item) if item.is_dir() and not item.is_symlink() else item.unlink()
+            yield
+        except BaseException:
+            _remove(directory)
+            raise
     finally:
-        _remove(partial)
+        os.close(handle)
+
+
+def _is_ours(handle: int, directory: Path) -> bool:
+    """Takes the open directory unless another process has it, or had it and has moved it to its target."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return True
+    return os.path.samestat(os.fstat(handle), os.stat(directory))
 
 
 def _remove(directory: Path) -> None:

@@ -13,6 +13,21 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 
+def owner(
+    operation: str, documents: Int[Array, "B T"] | None, initial_document: Int[Array, "B"] | None
+) -> Int[Array, "B"] | None:
+    """`initial_document`, or what stands for it where `documents` are given without it: 0, none.
+
+    Raises:
+      ValueError: it is given without `documents`, so that nothing could belong to it or not.
+    """
+    if documents is None:
+        if initial_document is not None:
+            raise ValueError(f"{operation}: initial_document without documents; give documents too, or neither")
+        return None
+    return jnp.zeros(documents.shape[:1], documents.dtype) if initial_document is None else initial_document
+
+
 def current(documents: Int[Array, "B T"], initial_document: Int[Array, "B"]) -> Int[Array, "B T"]:
     """The document that is open at each position: at a pad, that of the last token before it."""
     seen = jnp.maximum(documents, initial_document[:, None])

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tiny import FAST_COMPILE, assert_close
+from tiny import assert_close
 
 
 def random(seed: int, *shape: int, dtype: Any = np.float32) -> np.ndarray:
@@ -36,8 +36,7 @@ def implementations_agree(
     """
     arrays = {k: jnp.asarray(v) for k, v in options.items() if isinstance(v, np.ndarray)}
     static = tuple((k, v) for k, v in options.items() if k not in arrays)
-    low_precision = any(v.dtype == jnp.bfloat16 for v in arguments.values())
-    run = lambda name: _compiled(operation, name, static, low_precision, blocks)(arguments, arrays, masks)
+    run = lambda name: _compiled(operation, name, static, blocks)(arguments, arrays, masks)
     (actual, grads), (expected, expected_grads) = run("xla"), run("reference")
     for a, e in zip(actual, expected, strict=True):
         assert a.dtype == e.dtype
@@ -49,7 +48,7 @@ def implementations_agree(
 
 
 @functools.cache
-def _compiled(operation, name, static, low_precision, blocks):
+def _compiled(operation, name, static, blocks):
     """`f(arguments, arrays, masks) -> (outputs, gradients)`."""
     del blocks
 
@@ -63,9 +62,7 @@ def _compiled(operation, name, static, low_precision, blocks):
         finite = (jnp.where(jnp.isfinite(r), r.astype(jnp.float32), 0) for r in results)
         return sum(jnp.sum(f * c) for f, c in zip(finite, cotangents, strict=True))
 
-    # Without optimisation XLA has no product of two bfloat16 matrices with a float32 result on CPU.
-    options = {} if low_precision else FAST_COMPILE
-    return jax.jit(lambda *inputs: (outputs(*inputs), jax.grad(loss)(*inputs)), compiler_options=options)
+    return jax.jit(lambda *inputs: (outputs(*inputs), jax.grad(loss)(*inputs)))
 
 
 def same_infinities(actual: Any, expected: Any, relative: float) -> None:

@@ -12,9 +12,6 @@ import numpy as np
 from nemojax import Config, Nemotron
 from nemojax.specs import ParamSpec, flatten, model_specs, unflatten
 
-# Half the compile time; XLA's own passes, which decide the order of operations, are the same.
-FAST_COMPILE = {"xla_backend_optimization_level": 0}
-
 
 def tiny_config(pattern: str, **changes: Any) -> Config:
     """A float32 model with every size small and different from the others where it can be."""
@@ -76,7 +73,7 @@ def compiled(config: Config, mtp: bool = False, capture: tuple[str, ...] = ()):
     def run(params, tokens, segment_ids=None, cache=None):
         return model.apply({"params": params}, tokens, segment_ids, cache, mtp=mtp, capture=capture)
 
-    return jax.jit(run, compiler_options=FAST_COMPILE)
+    return jax.jit(run)
 
 
 def run(config: Config, tokens: Any, segment_ids: Any = None, cache: Any = None, **options: Any):

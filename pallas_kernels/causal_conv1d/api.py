@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import documents as docs
 from pallas_kernels.causal_conv1d import mosaic_gpu, reference, xla
 from pallas_kernels.choice import choose, rule_of, with_rules
 from pallas_kernels.shapes import check_shapes
@@ -51,12 +51,12 @@ def causal_conv1d(
       The outputs, zero at pads, and the `initial` of the next call, all in x's dtype.
 
     Raises:
-      ValueError: shapes that do not belong together, or inputs that the named implementation does not support.
+      ValueError: shapes that do not belong together, `initial_document` alone, or inputs that the named
+        implementation does not support.
     """
     sizes = tuple(parts or weight.shape[1:2])
     _check(x, weight, bias, first, sizes, initial, documents, initial_document)
-    if documents is not None and initial_document is None:
-        initial_document = jnp.zeros(documents.shape[:1], documents.dtype)
+    initial_document = docs.owner("causal_conv1d", documents, initial_document)
     if initial is not None:
         initial = initial.astype(x.dtype)
     refusals = {"mosaic_gpu": mosaic_gpu.supports(x, weight, sizes)}

@@ -61,14 +61,13 @@ def ssd(
       spread to all tokens of its chunk, and to all later ones, whatever their document.
 
     Raises:
-      ValueError: shapes that do not belong together, a chunk size below 1, or inputs that the named implementation
-        does not support.
+      ValueError: shapes that do not belong together, a chunk size below 1, `initial_document` alone, or inputs that the
+        named implementation does not support.
     """
     _check(x, dt, A, B, C, D, dt_bias, initial_state, documents, initial_document, chunk_size)
     if initial_state is None:
         initial_state = jnp.zeros((x.shape[0], *x.shape[2:], B.shape[-1]), jnp.float32)
-    if documents is not None and initial_document is None:
-        initial_document = jnp.zeros(documents.shape[:1], documents.dtype)
+    initial_document = docs.owner("ssd", documents, initial_document)
     initial_state = docs.state_in_use(documents, initial_document, initial_state)
     if not finite_pads:
         x, B, C = docs.without_pads(documents, x, B, C)

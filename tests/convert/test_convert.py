@@ -286,16 +286,20 @@ main(["convert", "--no-progress", *sys.argv[1:]])
 
 @pytest.mark.parametrize("to_hf", [False, True], ids=["to Orbax", "to Hugging Face"])
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT], ids=["killed", "interrupted"])
-def test_stopped_in_the_middle(tmp_path: Path, to_hf: bool, end: signal.Signals) -> None:
+def test_stopped_in_the_middle(tmp_path: Path, to_hf: bool, end: signal.Signals, capsys: pytest.CaptureFixture) -> None:
     hf, orbax = write_hf(tmp_path / "hf"), tmp_path / "orbax"
     if to_hf:
         assert run("convert", hf, orbax) == 0
     source, target = (orbax, tmp_path / "back") if to_hf else (hf, orbax)
+    partial = tmp_path / f".{target.name}.partial"
     command = [sys.executable, "-c", KILLED, str(source), str(target)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=REPOSITORY, stderr=subprocess.DEVNULL) as child:
         assert child.stdout.readline() == b"half done\n"
+        written = sorted(partial.rglob("*"))
+        assert run("convert", source, target) == 2
+        assert f"{partial}: another run is writing there" in capsys.readouterr().err
+        assert sorted(partial.rglob("*")) == written
         child.send_signal(end)
-    partial = tmp_path / f".{target.name}.partial"
     assert not target.exists()
     assert partial.exists() == (end is signal.SIGKILL)
     assert run("convert", source, target) == 0

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from einops import rearrange
-from tiny import FAST_COMPILE, compiled, perturbed_params, tiny_config
+from tiny import compiled, perturbed_params, tiny_config
 
 import nemojax
 from convert.stream import convert
@@ -177,7 +177,7 @@ def gradient():
         value = jnp.sum(out.logits * weights[0]) + jnp.sum((out.mtp_logits * weights[1])[:, :-1])
         return value, out.captured["router"][0].ids
 
-    run = jax.jit(jax.grad(loss, has_aux=True), compiler_options=FAST_COMPILE)
+    run = jax.jit(jax.grad(loss, has_aux=True))
     tree, chosen = run(adapters, perturbed_params(CONFIG))
     assert jax.tree.map(jnp.shape, tree) == jax.tree.map(jnp.shape, adapters)
     return dict(flatten(tree)), np.unique(chosen)

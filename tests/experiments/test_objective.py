@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny import FAST_COMPILE, assert_close, perturbed_params, run, tiny_config
+from tiny import assert_close, perturbed_params, run, tiny_config
 
 from experiments import objective, update
 from experiments.packing import Batch, pack
@@ -26,7 +26,7 @@ DOCUMENTS = [
 @functools.cache
 def compiled():
     run = lambda params, batch: objective.evaluate(params, batch, TOKEN_BYTES, config=CONFIG)
-    return jax.jit(run, compiler_options=FAST_COMPILE)
+    return jax.jit(run)
 
 
 def evaluate(batch, params=None):
@@ -73,7 +73,7 @@ def gradient():
         sums = objective.evaluate(params, batch, TOKEN_BYTES, config=CONFIG)
         return objective.weigh(sums, sums.counts, mtp_scale=0.3, balance_scale=0.0), sums
 
-    run = jax.jit(jax.grad(loss, has_aux=True), compiler_options=FAST_COMPILE)
+    run = jax.jit(jax.grad(loss, has_aux=True))
     return lambda batch: run(perturbed_params(CONFIG), batch)
 
 
@@ -162,7 +162,7 @@ def one_step(parts=1, **changes):
         jnp.int32(5), jnp.zeros(2, jnp.uint32), params, update.make_optimizer(settings).init(params)
     )
     batch = Batch(*(a.reshape(parts, -1, a.shape[-1]) for a in rows4()))
-    step = jax.jit(update.make_step(CONFIG, settings, TOKEN_BYTES), compiler_options=FAST_COMPILE)
+    step = jax.jit(update.make_step(CONFIG, settings, TOKEN_BYTES))
     return step(state, None, batch)
 
 
@@ -237,7 +237,7 @@ def test_one_batch_can_be_learnt_by_heart():
     # What follows a first token is only certain where no two documents begin alike.
     documents = [np.concatenate([[i + 1], d[1:]]).astype(np.int32) for i, d in enumerate(DOCUMENTS)]
     batch = Batch(*(a[None] for a in pack(documents, 24)))
-    step = jax.jit(update.make_step(config, settings, TOKEN_BYTES), compiler_options=FAST_COMPILE)
+    step = jax.jit(update.make_step(config, settings, TOKEN_BYTES))
     losses = []
     for _ in range(settings.steps):
         state, metrics = step(state, None, batch)

@@ -121,6 +121,12 @@ def test_one_array_is_smaller_than_the_others_ask(run, name):
         run(**given | {name: given[name][:1]})
 
 
+@pytest.mark.parametrize("run", [ssd, causal_conv1d])
+def test_a_state_of_a_document_without_documents(run):
+    with pytest.raises(ValueError, match=f"{run.__name__}: initial_document without documents"):
+        run(**OPERATIONS[run]() | {"documents": None})
+
+
 @pytest.mark.parametrize("axis", range(4))
 def test_attention_of_keys_that_do_not_fit(axis):
     given = attention()

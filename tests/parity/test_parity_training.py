@@ -27,7 +27,6 @@ import oracle
 import pair
 import torch
 import tree
-from tiny import FAST_COMPILE
 
 from experiments import update
 from experiments.packing import Batch, pack
@@ -92,7 +91,7 @@ def documents(step: int, lengths, vocab_size: int) -> list[np.ndarray]:
 @functools.cache
 def our_step(config):
     step = update.make_step(config, SETTINGS, jnp.ones(config.vocab_size, jnp.int32))
-    return jax.jit(step, compiler_options=FAST_COMPILE)
+    return jax.jit(step)
 
 
 def our_curve(config, params, batches) -> Curve:

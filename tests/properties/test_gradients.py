@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from layouts import DOCUMENTS, LAYOUTS, LENGTH, WIDTH, place
-from tiny import FAST_COMPILE, assert_close, perturbed_params, tiny_config
+from tiny import assert_close, perturbed_params, tiny_config
 
 from nemojax import Nemotron, init_cache
 from nemojax.specs import flatten
@@ -31,7 +31,7 @@ def gradient(config, pieces=1):
             cache, total = out.cache, total + jnp.sum(out.logits * part[2])
         return total
 
-    return jax.jit(jax.grad(loss), compiler_options=FAST_COMPILE)
+    return jax.jit(jax.grad(loss))
 
 
 def check(config, rows, width=WIDTH, pieces=1):

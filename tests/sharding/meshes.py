@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 from layouts import LAYOUTS, WIDTH, place
-from tiny import FAST_COMPILE, perturbed_params, tiny_config
+from tiny import perturbed_params, tiny_config
 
 from nemojax import Nemotron, make_mesh, param_shardings
 
@@ -55,16 +55,11 @@ def on(mesh: str | None, dispatch: str | None = None, config: Any = CONFIG) -> t
     return Nemotron(config, mesh=made, dispatch=dispatch), jax.device_put(params, param_shardings(config, made))
 
 
-def jit(function, **options):
-    """`jax.jit` with half the compile time."""
-    return jax.jit(function, compiler_options=FAST_COMPILE, **options)
-
-
 @functools.cache
 def compiled(mesh: str | None, options: tuple[tuple[str, Any], ...]):
     """`run(params, tokens, segment_ids, cache)`, compiled once a shape."""
     model, _ = on(mesh)
-    return jit(lambda params, *arrays: model.apply({"params": params}, *arrays, **dict(options)))
+    return jax.jit(lambda params, *arrays: model.apply({"params": params}, *arrays, **dict(options)))
 
 
 def call(mesh: str | None, tokens: Any, segment_ids: Any = None, cache: Any = None, **options: Any):

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from meshes import jit
 from tiny import assert_close
 
 from nemojax import make_mesh
@@ -77,7 +76,7 @@ def compiled(strategy, mesh):
         y = run(x, ids, weights, up, down)
         return (y * jnp.cos(jnp.arange(y.size).reshape(y.shape))).sum(), y
 
-    return jit(jax.value_and_grad(loss, argnums=(0, 2, 3, 4), has_aux=True))
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 2, 3, 4), has_aux=True))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -98,7 +97,7 @@ def test_equals_local_forward_and_gradient(strategy, mesh, case):
 def test_experts_that_nobody_chose_are_not_computed(strategy, case):
     x, ids, weights, up, down = arguments(*CASES[case])
     poison = lambda w: np.where(np.isin(np.arange(EXPERTS), ids)[:, None, None], w, np.nan)
-    run = jit(on_mesh(functools.partial(STRATEGIES[strategy], axis=Axis("expert", 8)), "1x8"))
+    run = jax.jit(on_mesh(functools.partial(STRATEGIES[strategy], axis=Axis("expert", 8)), "1x8"))
     assert_close(run(x, ids, weights, poison(up), poison(down)), one_by_one(x, ids, weights, up, down), 1e-5)
 
 
@@ -116,7 +115,7 @@ def test_rows_that_every_shard_has(rows, case):
         out_specs=whole,
         check_vma=False,
     )
-    assert_close(jit(run)(*given), one_by_one(*given), 1e-5)
+    assert_close(jax.jit(run)(*given), one_by_one(*given), 1e-5)
 
 
 def test_ties_go_the_same_way_everywhere():
@@ -124,7 +123,7 @@ def test_ties_go_the_same_way_everywhere():
     x, ids, weights, up, down = arguments(64, lambda rng, row: np.array([4, 5, 6]))
     x, weights = np.broadcast_to(x[:1], x.shape), np.broadcast_to(weights[:1], weights.shape)
     for strategy in STRATEGIES:
-        run = jit(on_mesh(functools.partial(STRATEGIES[strategy], axis=Axis("expert", 8)), "1x8"))
+        run = jax.jit(on_mesh(functools.partial(STRATEGIES[strategy], axis=Axis("expert", 8)), "1x8"))
         y = np.asarray(run(x, ids, weights, up, down))
         np.testing.assert_array_equal(y, np.broadcast_to(y[:1], y.shape))
 
@@ -149,7 +148,7 @@ def test_the_buffer_of_a_strategy_is_bounded_and_takes_more_rounds():
     """With everything on one shard there are more rounds; the program's buffers are those of even routing."""
     given = arguments(*CASES["all-to-the-last-shard"])
     for strategy in STRATEGIES:
-        run = jit(on_mesh(functools.partial(STRATEGIES[strategy], axis=Axis("expert", 8)), "1x8"))
+        run = jax.jit(on_mesh(functools.partial(STRATEGIES[strategy], axis=Axis("expert", 8)), "1x8"))
         text = run.lower(*given).compile().as_text()
         assert "conditional" in text, strategy
 

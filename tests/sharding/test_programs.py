@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from meshes import CONFIG, jit, on
+from meshes import CONFIG, on
 from tiny import tiny_config
 
 from nemojax import Config
@@ -15,7 +15,7 @@ ROWS, TOKENS = 8, 32
 def sent(mesh: str, config: Config = CONFIG, dispatch: str | None = None) -> dict[str, int]:
     """Number of collectives of each kind in the compiled forward."""
     model, params = on(mesh, dispatch, config)
-    run = jit(lambda params, tokens: model.apply({"params": params}, tokens).logits)
+    run = jax.jit(lambda params, tokens: model.apply({"params": params}, tokens).logits)
     text = run.lower(params, np.zeros((ROWS, TOKENS), np.int32)).compile().as_text()
     return {c.kind: c.count for c in collectives(text)}
 
@@ -68,7 +68,7 @@ def test_decoding_over_sequence_moves_no_slots():
 
     model, params = on("sequence=8", None, one_layer("*"))
     cache = init_cache(model.config, 1, 4096, mesh=model.mesh)
-    run = jit(lambda params, tokens, cache: model.apply({"params": params}, tokens, cache=cache))
+    run = jax.jit(lambda params, tokens, cache: model.apply({"params": params}, tokens, cache=cache))
     text = run.lower(params, np.zeros((1, 1), np.int32), cache).compile().as_text()
     assert sum(c.nbytes for c in collectives(text)) < 5_000
     assert jax.tree.leaves(cache.layers)[0].nbytes > 250_000

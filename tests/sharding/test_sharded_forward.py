@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from meshes import CONFIG, IS_REAL, MESHES, SEGMENTS, TOKENS, call, jit, on
+from meshes import CONFIG, IS_REAL, MESHES, SEGMENTS, TOKENS, call, on
 from tiny import assert_close
 
 from nemojax import InputError, Nemotron, generate, init_cache
@@ -102,7 +102,7 @@ def gradients(mesh, dispatch, pattern):
         mean = lambda logits, where: jnp.where(where, jax.nn.log_softmax(logits)[..., 7], 0).sum() / where.sum()
         return mean(out.logits, IS_REAL) + (mean(out.mtp_logits, HAS_NEXT) if PAIRS[pattern] else 0)
 
-    return {name: np.asarray(value) for name, value in flatten(jit(jax.grad(loss))(params))}
+    return {name: np.asarray(value) for name, value in flatten(jax.jit(jax.grad(loss))(params))}
 
 
 @pytest.mark.parametrize("pattern", PAIRS)
@@ -134,7 +134,7 @@ def test_generation(mesh):
 def test_ids_outside_the_vocabulary_give_nan_on_every_shard():
     tokens = jnp.array([[1, 64, 2], [3, -1, 4], [63, 0, 5]])
     model, params = on("tensor=8")
-    logits = np.asarray(jit(lambda p, t: model.apply({"params": p}, t).logits)(params, tokens))
+    logits = np.asarray(jax.jit(lambda p, t: model.apply({"params": p}, t).logits)(params, tokens))
     assert np.isnan(logits[:2, 1:]).all() and np.isfinite(logits[2]).all()
 
 
