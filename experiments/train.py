@@ -38,6 +38,7 @@ from experiments.update import Metrics, TrainState
 from nemojax.config import Config
 from nemojax.errors import InputError
 from nemojax.layout import copy_companions
+from nemojax.lock import alone
 from nemojax.specs import flatten
 from nemojax.tokenizer import load_tokenizer
 
@@ -102,7 +103,7 @@ def train(
     """Runs or finishes a training run; see the module.
 
     Raises:
-      InputError: settings, checkpoint, text and directory do not fit together.
+      InputError: settings, checkpoint, text and directory do not fit together, or the run is going on.
       NotFinite: with the step and the layer.
     """
     if chosen.model is None and init is None:
@@ -119,16 +120,17 @@ def train(
     stream = packing.Stream(data.train, length=chosen.tokens_per_row, rows=chosen.rows_per_step, seed=seed)
     # Only a run that can begin takes the directory.
     run_directory.prepare(run, vars(chosen) | data.digests | {"init_sha256": base and _digest(base)})
-    data.tokenizer.save(str(run / run_directory.TOKENIZER))
-    checkpoints = Checkpoints(run, chosen.keep)
-    try:
-        if checkpoints.latest is not None:
-            state = checkpoints.load(checkpoints.latest, state)
-        state = _loop(run, state, base, stream, data, config, chosen, checkpoints, show_progress)
-    finally:
-        checkpoints.close()
-    curves.draw(run_directory.read_log(run), run / run_directory.CURVES)
-    export(run, update.assemble(base, state.trained, config=config, settings=chosen), config, init)
+    with alone(run):
+        data.tokenizer.save(str(run / run_directory.TOKENIZER))
+        checkpoints = Checkpoints(run, chosen.keep)
+        try:
+            if checkpoints.latest is not None:
+                state = checkpoints.load(checkpoints.latest, state)
+            state = _loop(run, state, base, stream, data, config, chosen, checkpoints, show_progress)
+        finally:
+            checkpoints.close()
+        curves.draw(run_directory.read_log(run), run / run_directory.CURVES)
+        export(run, update.assemble(base, state.trained, config=config, settings=chosen), config, init)
 
 
 def _digest(params: Any) -> str:

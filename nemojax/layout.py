@@ -8,7 +8,6 @@ PATH/...             tokenizer, generation config, chat template, as they came
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import shutil
 import time
@@ -17,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from nemojax.errors import InputError
+from nemojax.lock import alone
 
 CONFIG = "config.json"
 PARAMS = "params"
@@ -74,7 +74,7 @@ def new_directory(target: Path, *, overwrite: bool, needed_bytes: int) -> Iterat
     partial = target.parent / f".{target.name}.partial"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _only_writer(partial):
+        with _filled_alone(partial):
             free = shutil.disk_usage(target.parent).free
             if needed_bytes > free:
                 raise InputError(
@@ -98,17 +98,10 @@ def new_directory(target: Path, *, overwrite: bool, needed_bytes: int) -> Iterat
 
 
 @contextmanager
-def _only_writer(directory: Path) -> Iterator[None]:
-    """Makes the directory, or empties it, and lets no other process do so meanwhile; removes it if the block fails.
-
-    Raises:
-      InputError: another process has it.
-    """
+def _filled_alone(directory: Path) -> Iterator[None]:
+    """Makes the directory, or empties it, for a block in which no other process does; removes it if the block fails."""
     directory.mkdir(exist_ok=True)
-    handle = os.open(directory, os.O_RDONLY)  # the system lets go of it however this process ends
-    try:
-        if not _is_ours(handle, directory):
-            raise InputError(f"{directory}: another run is writing there; let it end, or choose another target")
+    with alone(directory):
         try:
             for item in directory.iterdir():
                 shutil.rmtree(item) if item.is_dir() and not item.is_symlink() else item.unlink()
@@ -116,19 +109,6 @@ def _only_writer(directory: Path) -> Iterator[None]:
         except BaseException:
             _remove(directory)
             raise
-    finally:
-        os.close(handle)
-
-
-def _is_ours(handle: int, directory: Path) -> bool:
-    """Takes the open directory unless another process has it, or had it and has moved it to its target."""
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks
-        return True
-    return os.path.samestat(os.fstat(handle), os.stat(directory))
 
 
 def _remove(directory: Path) -> None:

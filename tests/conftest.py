@@ -5,9 +5,6 @@ import os
 import sys
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Half the compile time, in programs that tests start too. XLA's own passes, which decide the order of operations, are
-# the same, and so are kernels for GPUs; `make parity` compiles as a user does.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 from pathlib import Path
 

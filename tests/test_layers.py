@@ -1,5 +1,7 @@
 """Single layers: the Flax shells, and one token against many where a token alone takes another path."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,8 +13,9 @@ from nemojax.layers import moe as moe_layer
 from nemojax.layers.attention import Attention, attention
 from nemojax.layers.mamba2 import Mamba2, mamba2
 from nemojax.layers.mlp import MLP, mlp
-from nemojax.layers.moe import MoE, moe
+from nemojax.layers.moe import MoE, moe, route
 from nemojax.layers.mtp import MTP, mtp
+from nemojax.layers.norm import Normed
 
 CONFIG = tiny_config("M*E-", mtp_pattern="*E")
 # Every weight can be cut as `matvec` wants it.
@@ -72,3 +75,23 @@ def test_one_token_at_a_time_equals_all_at_once(batch, together, monkeypatch):
         out = run(EVEN, tokens[:, t : t + 1], None, cache)
         cache = out.cache
         assert_close(out.logits[:, 0], expected[:, t], 1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 9], ids=["few-rows", "many-rows"])
+@pytest.mark.parametrize("dtypes", ["bfloat16 bfloat16", "float16 float16", "bfloat16 float32", "float32 float32"])
+def test_scores_of_experts_are_exact_products(dtypes, rows):
+    """Compiled for a GPU, where float32 factors are rounded to 11 bits unless a program says otherwise."""
+    low, high = (jnp.dtype(name) for name in dtypes.split())
+    x = Normed(jnp.asarray(X[:1, :1].repeat(rows, 1), low), jnp.ones(CONFIG.hidden_size, low), 1e-5, low)
+    experts = perturbed_params(CONFIG)["layers_02"]["mixer"]
+    params = experts | {"gate": jnp.asarray(experts["gate"], high)}
+    run = jax.jit(lambda params, x: route(params, x, config=CONFIG).scores)
+    (product,) = re.findall(r"dot_general .*", run.trace(params, x).lower(lowering_platforms=("cuda",)).as_text())
+    factors, result = re.search(r": \((.*)\) -> (.*)", product).groups()
+    assert result.endswith("xf32>")
+    if low == high and low.itemsize == 2:
+        assert re.findall(r"x(b?f\d+)>", factors) == [{"bfloat16": "bf16", "float16": "f16"}[low.name]] * 2
+    else:
+        assert re.findall(r"x(b?f\d+)>", factors) == ["f32"] * 2 and "precision = [HIGHEST, HIGHEST]" in product
+    gate, rows = np.asarray(params["gate"], np.float64), np.asarray(x.value(), np.float64)
+    assert_close(run(params, x), 1 / (1 + np.exp(-rows @ gate.T)), 1e-6)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nemojax.errors import InputError
+from nemojax.lock import take
 
 SETTINGS, ANSWERS = "run.json", "requests.jsonl"
 _ENDS = 2**16  # bytes
@@ -27,7 +28,8 @@ class Record:
       answers: result by key.
 
     Raises:
-      InputError: the folder holds an evaluation and `resume` is off, or one with other settings, or it is damaged.
+      InputError: the folder holds an evaluation and `resume` is off, or one with other settings, or it is damaged, or
+        another process is adding to it.
     """
 
     def __init__(self, folder: str | os.PathLike, settings: dict[str, Any], *, resume: bool):
@@ -39,8 +41,13 @@ class Record:
         if path.exists():
             _compare(path, settings)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._read(self.folder / ANSWERS)
         self._file = (self.folder / ANSWERS).open("ab")
+        try:
+            take(self._file.fileno(), self.folder / ANSWERS)
+            self._read(self.folder / ANSWERS)
+        except BaseException:
+            self._file.close()
+            raise
         if not path.exists():
             path.write_text(json.dumps(settings, indent=2) + "\n")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -15,6 +16,7 @@ from nemojax.dispatch import dispatch
 from nemojax.dispatch.local import FEW_PAIRS
 from nemojax.layers.mlp import relu2_mlp
 from nemojax.layers.norm import Input, rows, value
+from nemojax.layers.project import dot_rows
 from nemojax.layers.shell import declare
 from nemojax.segments import ALONE, Segments
 from nemojax.sharding import WHOLE, Shard
@@ -37,15 +39,17 @@ class Routing(NamedTuple):
     scores: Float[Array, "B T E"]
 
 
-def route(
-    params: dict[str, Any], x: Float[Array, "B T D"], *, config: Config, implementation: str | None = None
-) -> Routing:
+def route(params: dict[str, Any], x: Input, *, config: Config, implementation: str | None = None) -> Routing:
     """Chooses experts, all in float32 (bf16 scores or bias change the choice).
 
     The correction bias (arXiv 2408.15664) takes part in the choice and not in the weights. With groups, the experts of
     the `topk_group` groups with the largest sum of two best biased scores are eligible.
     """
-    logits = jnp.einsum("btd,ed->bte", x.astype(jnp.float32), params["gate"].astype(jnp.float32))
+    gate = params["gate"]
+    # Products of 16-bit numbers are exact in float32; by default a GPU would round longer ones before it multiplies.
+    is_exact = x.dtype == gate.dtype and x.dtype.itemsize == 2
+    with contextlib.nullcontext() if is_exact else jax.default_matmul_precision("highest"):
+        logits = dot_rows(x, gate, jnp.float32, implementation)
     flat, bias = rearrange(logits, "b t e -> (b t) e"), params["correction_bias"].astype(jnp.float32)
     chosen = choose_experts(flat, bias, choice_rule(config), implementation=implementation)
     ids, weights = (rearrange(a, "(b t) k -> b t k", b=x.shape[0]) for a in chosen)
@@ -87,12 +91,11 @@ def moe(
       shard: which experts, hidden units and rows these are.
     """
     del state, segments
-    few, x = x, value(x)
     with jax.named_scope("router"):
         routing = route(params, x, config=config, implementation=implementation)
     part = shard.part_dtype(x.dtype)
     shared = params["shared_up_proj"], params["shared_down_proj"]
-    flat, norm = rows(few)
+    flat, norm = rows(x)
     if _together(params, flat, norm, config, shard, implementation):
         with jax.named_scope("experts"):
             experts = params["experts_up_proj"], params["experts_down_proj"]
@@ -100,9 +103,10 @@ def moe(
             y = token_mlp(flat, *experts, *chosen, shared, norm=norm, implementation=implementation).reshape(x.shape)
         return shard.sum_parts(y.astype(part), x.dtype), routing
     with jax.named_scope("experts"):
-        u = x
-        if config.moe_latent_size is not None:
-            u = jnp.einsum("btd,ld->btl", x, params["latent_in_proj"])
+        if config.moe_latent_size is None:
+            u = value(x)
+        else:
+            u = dot_rows(x, params["latent_in_proj"], None, implementation)
             u = u if shard.tensor is None else shard.tensor.gather(u, 2)
         y = dispatch(
             rearrange(u, "b t l -> (b t) l"),
@@ -113,7 +117,7 @@ def moe(
             shard=shard,
             implementation=implementation,
         ).reshape(u.shape)
-        y = _from_experts(params, y, x.dtype, config, shard)
+        y = _from_experts(params, y, x.dtype, config, shard, implementation)
     with jax.named_scope("shared_expert"):
         y = y + relu2_mlp(x, *shared, part, implementation)
         return shard.sum_parts(y, x.dtype), routing
@@ -128,14 +132,14 @@ def _together(params, flat, norm, config, shard, implementation):
     return pairs <= FEW_PAIRS and takes_kernels(flat, *weights, norm=norm, implementation=implementation)
 
 
-def _from_experts(params, y, dtype, config, shard):
+def _from_experts(params, y, dtype, config, shard, implementation):
     """The routed experts' sum as a part of the layer's output."""
     part = shard.part_dtype(dtype)
     if config.moe_latent_size is None:
         return y.astype(part)
     if shard.tensor is not None:
         y = shard.tensor.sum_and_split(y, 2)  # parts of every latent channel -> all of a part of the channels
-    return jnp.einsum("btl,dl->btd", y.astype(dtype), params["latent_out_proj"], preferred_element_type=part)
+    return dot_rows(y.astype(dtype), params["latent_out_proj"], part, implementation)
 
 
 class MoE(nn.Module):

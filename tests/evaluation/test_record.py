@@ -36,6 +36,17 @@ def test_another_evaluation_is_refused(tmp_path, settings, resume, message):
         Record(tmp_path, settings, resume=resume)
 
 
+def test_two_at_a_time_are_refused(tmp_path):
+    record = Record(tmp_path, {}, resume=False)
+    with pytest.raises(InputError, match="another run is writing there"):
+        Record(tmp_path, {}, resume=True)
+    record.append(LINES)
+    record.close()
+    record = Record(tmp_path, {}, resume=True)
+    assert len(record.answers) == len(LINES)
+    record.close()
+
+
 def test_a_damaged_line_is_named(tmp_path):
     Record(tmp_path, {}, resume=False).close()
     (tmp_path / ANSWERS).write_text(json.dumps(LINES[0]) + "\nnot json\n")

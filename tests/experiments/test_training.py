@@ -18,6 +18,7 @@ import nemojax
 from experiments import corpus, held_out, packing, run_directory, train
 from experiments.settings import Settings, read
 from nemojax.errors import InputError
+from nemojax.lock import alone
 from nemojax.specs import flatten
 
 ROOT = Path(__file__).parents[2]
@@ -245,6 +246,8 @@ def test_a_kill_while_the_directory_is_made_does_no_harm(tmp_path):
 
 
 def test_another_run_in_the_directory_is_refused(whole_run, text, tmp_path):
+    with alone(whole_run), pytest.raises(InputError, match="another run is writing there"):
+        train.train(whole_run, Settings(model=MODEL, **SHORT), text=text, show_progress=False)
     with pytest.raises(InputError, match="holds a run with other settings .*seed 0, now 1"):
         train.train(whole_run, Settings(model=MODEL, **SHORT, seed=1), text=text, show_progress=False)
     (tmp_path / "mine.txt").write_text("something else")
