@@ -49,7 +49,9 @@ def route(params: dict[str, Any], x: Input, *, config: Config, implementation: s
     # Products of 16-bit numbers are exact in float32; by default a GPU would round longer ones before it multiplies.
     is_exact = x.dtype == gate.dtype and x.dtype.itemsize == 2
     with contextlib.nullcontext() if is_exact else jax.default_matmul_precision("highest"):
-        logits = dot_rows(x, gate, jnp.float32, implementation)
+        # No kernel for few rows: if nothing of XLA's reads the residual stream, it sums that from the first layer on,
+        # again in every layer.
+        logits = jnp.einsum("btd,ed->bte", value(x), gate, preferred_element_type=jnp.float32)
     flat, bias = rearrange(logits, "b t e -> (b t) e"), params["correction_bias"].astype(jnp.float32)
     chosen = choose_experts(flat, bias, choice_rule(config), implementation=implementation)
     ids, weights = (rearrange(a, "(b t) k -> b t k", b=x.shape[0]) for a in chosen)
