@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -48,10 +47,10 @@ def route(params: dict[str, Any], x: Input, *, config: Config, implementation: s
     gate = params["gate"]
     # Products of 16-bit numbers are exact in float32; by default a GPU would round longer ones before it multiplies.
     is_exact = x.dtype == gate.dtype and x.dtype.itemsize == 2
-    with contextlib.nullcontext() if is_exact else jax.default_matmul_precision("highest"):
-        # No kernel for few rows: if nothing of XLA's reads the residual stream, it sums that from the first layer on,
-        # again in every layer.
-        logits = jnp.einsum("btd,ed->bte", value(x), gate, preferred_element_type=jnp.float32)
+    precision = None if is_exact else jax.lax.Precision.HIGHEST
+    # No kernel for few rows: if nothing of XLA's reads the residual stream, it sums that from the first layer on, again
+    # in every layer.
+    logits = jnp.einsum("btd,ed->bte", value(x), gate, precision=precision, preferred_element_type=jnp.float32)
     flat, bias = rearrange(logits, "b t e -> (b t) e"), params["correction_bias"].astype(jnp.float32)
     chosen = choose_experts(flat, bias, choice_rule(config), implementation=implementation)
     ids, weights = (rearrange(a, "(b t) k -> b t k", b=x.shape[0]) for a in chosen)

@@ -143,6 +143,11 @@ def test_decode_of_experts(batch):
     assert close_to(expected, report.temporary_bytes), (expected, report.temporary_bytes)
 
 
+def test_a_token_of_experts_of_latent_width():
+    """Routed experts and the shared one, two launches each, and a kernel into the latent width and out of it."""
+    check(layer(SUPER, "E", 1), {"choose_experts": 1, "matvec_columns": 2, "matvec_rows": 4})
+
+
 def gradient_of_mamba_bytes(c):
     """Each with its gradient: the input projection, x, B and C out of the convolution, the states of all chunks.
 
