@@ -5,6 +5,8 @@ import os
 import sys
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Threads of XLA's pool. JAX's interpreter of GPU kernels waits inside of some; on two cores that can be all, for ever.
+os.environ.setdefault("NPROC", "16")
 
 from pathlib import Path
 

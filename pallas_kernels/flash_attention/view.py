@@ -42,23 +42,25 @@ def view_of(length, share, tile, size, block, start, documents, key_documents, b
     # No query stands behind what the last block has beyond the last key.
     key = pad(jnp.arange(size, dtype=jnp.int32)[None], block, constant_values=jnp.iinfo(jnp.int32).max)
     row_of, block_of = (lambda a, n=n: rearrange(a, "b (i r) -> b i r", r=n) for n in (tile, block))
-    rows, keys = row_of(position), block_of(key)
-    some = keys.min(-1)[:, None] <= rows.max(-1)[..., None]
-    whole = keys.max(-1)[:, None] <= rows.min(-1)[..., None]
+    rows, keys = row_of(position), block_of(key)  # both in order
+    some = keys[:, None, :, 0] <= rows[..., -1:]
+    whole = keys[:, None, :, -1] <= rows[..., :1]
     if documents is None:
         return View(position, None, None, _ranges(some, whole, by_key))
     document, key_document = per_row(documents), pad(key_documents, block)
-    (row_low, row_high), (key_low, key_high) = _extent(row_of(document)), _extent(block_of(key_document))
+    (row_low, row_high, row_one), (key_low, key_high, key_one) = map(
+        _extent, (row_of(document), block_of(key_document))
+    )
     some &= (row_low[..., None] <= key_high[:, None]) & (key_low[:, None] <= row_high[..., None])
-    one = lambda numbers: numbers.min(-1) == numbers.max(-1)
-    whole &= (one(row_of(document))[..., None] & one(block_of(key_document))[:, None]) & some
+    whole &= row_one[..., None] & key_one[:, None] & some
     return View(position, jnp.where(document > 0, document, -1), key_document, _ranges(some, whole, by_key))
 
 
 def _extent(documents):
-    """Least and greatest document; of nothing but pads, an empty interval that meets no other."""
+    """Least and greatest document, of nothing but pads an empty interval that meets no other; whether all is one."""
     least = jnp.where(documents > 0, documents, jnp.iinfo(jnp.int32).max).min(-1)
-    return least, jnp.where(documents > 0, documents, -1).max(-1)
+    greatest = jnp.where(documents > 0, documents, -1).max(-1)
+    return least, greatest, documents.min(-1) == greatest
 
 
 def _ranges(some, whole, by_key):
