@@ -105,7 +105,10 @@ def piece_states(plan, x, B, steps, initial, reverse=False):
 
             def put(index, state, decay):
                 parts.store_state(states.at[place.batch, head, index, rows], slabs, state)
-                decays[place.batch, head, index] = decay
+
+                @pl.when(rows.start == 0)  # of all rows of the head
+                def _():
+                    decays[place.batch, head, index] = decay
 
             def sum_up(*sums):
                 _, rests = walk(lambda i, _, rests: _accumulate(plan, lane, i, own(rests), sums, slabs, reverse, s))

@@ -2,6 +2,7 @@
 
 import jax
 import pytest
+import races
 
 
 @pytest.fixture(scope="module")
@@ -12,7 +13,7 @@ def interpreter():
     if not hasattr(plgpu, "InterpretGPUParams"):
         pytest.skip("the interpreter needs jax 0.11")
     jax.clear_caches()
-    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)), races.watched():
         yield
     jax.clear_caches()
 
@@ -20,9 +21,7 @@ def interpreter():
 @pytest.fixture
 def races_found():
     """Whether a race was found since the test began; no test may end without asking."""
-    from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpret
-
+    races.forget()
     answers = []
-    yield lambda: answers.append(interpret.get_races().races_found) or answers[-1]
-    interpret.reset_gpu_interpret_mode_state()
+    yield lambda: answers.append(races.found()) or answers[-1]
     assert answers

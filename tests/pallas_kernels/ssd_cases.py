@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import races
 from kernel_cases import random
 
 from pallas_kernels.documents import without_pads
@@ -12,8 +13,6 @@ from pallas_kernels.ssd import tuning
 plgpu = pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
 if not hasattr(plgpu, "InterpretGPUParams"):
     pytest.skip("the GPU interpreter needs jax 0.11 or later", allow_module_level=True)
-
-from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreter  # noqa: E402
 
 NO_LIMIT = (0.0, np.inf)
 
@@ -52,10 +51,9 @@ def masked(values, docs):
 
 def without_races(function, *arguments):
     """The result of a function that runs kernels in the interpreter, which must find no race."""
+    races.forget()
     result = jax.block_until_ready(function(*arguments))
-    found = interpreter.get_races().races_found
-    interpreter.reset_gpu_interpret_mode_state()
-    assert not found
+    assert not races.found()
     return result
 
 

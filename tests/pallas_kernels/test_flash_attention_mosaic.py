@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import races
 from kernel_cases import random, same_infinities
 from tiny import assert_close
 
@@ -23,12 +24,9 @@ NAMES = ("out", "lse", "dq", "dk", "dv")
 
 @pytest.fixture
 def interpreted(interpreter):
-    from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
-
+    races.forget()
     yield
-    races = interpret_pallas_call.get_races().races_found
-    interpret_pallas_call.reset_gpu_interpret_mode_state()
-    assert not races
+    assert not races.found()
 
 
 @pytest.fixture
