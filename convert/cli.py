@@ -74,7 +74,10 @@ def _inspect(args: argparse.Namespace) -> int:
 
 def _verify(args: argparse.Namespace) -> int:
     from convert.verify import compare, compare_logits
+    from nemojax.errors import InputError
 
+    if args.tokens < 1:
+        raise InputError(f"--tokens must be at least 1, got {args.tokens}")
     if not args.logits:
         _on_cpu()
     result = compare(args.a, args.b, show_progress=not args.no_progress)

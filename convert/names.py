@@ -234,9 +234,12 @@ def require(config: Config, names: Iterable[str], where: str) -> list[Entry]:
     """
     found, missing, extra = match(config, names)
     if missing:
+        advice = f"correct its config.json ({config.num_layers} layers, pattern {config.pattern})"
+        if all(name.startswith("mtp.") for name in missing):
+            advice = "set num_nextn_predict_layers to 0 in its config.json to do without multi-token prediction"
         raise InputError(
             f"{where}: {len(missing)} tensors are missing, first {_some(missing)}; download the checkpoint again, or "
-            f"correct its config.json ({config.num_layers} layers, pattern {config.pattern})"
+            f"{advice}"
         )
     if extra:
         raise InputError(

@@ -7,6 +7,7 @@ later calls (speculative decoding rolls back by keeping it).
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -92,6 +93,12 @@ def init_cache(
     cut = Cut.of(mesh, config, batch, length=1)
     make = jax.jit(_empty, static_argnums=(0, 1, 2, 3), out_shardings=cut.shardings(cache_axes(config)))
     return make(config, batch, cut.slots(max_len), state_dtype)
+
+
+@functools.lru_cache(maxsize=16)
+def cache_shapes(config: Config, batch: int, max_len: int) -> Cache:
+    """Shapes and dtypes of a cache with exactly so many slots, states in float32."""
+    return jax.eval_shape(lambda: _empty(config, batch, max_len, "float32"))
 
 
 def _empty(config: Config, batch: int, max_len: int, state_dtype: str) -> Cache:

@@ -17,7 +17,7 @@ from orbax.checkpoint import v1 as ocp
 from nemojax import layout
 from nemojax.config import Config
 from nemojax.errors import InputError
-from nemojax.hf_config import config_to_hf
+from nemojax.hf_config import config_to_hf, generation_ends
 from nemojax.model import Nemotron
 from nemojax.sharding import param_shardings
 from nemojax.specs import flatten, map_specs, model_specs
@@ -41,7 +41,8 @@ def load(
         must be float32 (router bias, A_log, D, dt_bias) are so in any case.
 
     Returns:
-      The model, which carries the mesh, and its parameters, ready for `model.apply({"params": params}, tokens)`.
+      The model, which carries the mesh, and its parameters, ready for `model.apply({"params": params}, tokens)`. Its
+      `config.eos_token_id` is that of the checkpoint's `generation_config.json`, where there is one.
 
     Raises:
       InputError: the directory is not a checkpoint, is damaged, or does not fit its config; a parameter does not divide
@@ -49,6 +50,8 @@ def load(
     """
     path = layout.require_directory(Path(path))
     config = Config.from_hf(path)
+    if (ends := generation_ends(path)) is not None:
+        config = config.replace(eos_token_id=ends)
     if dtype is not None:
         config = config.replace(dtype=dtype)
     shardings = _shardings(config, mesh)
@@ -127,6 +130,8 @@ def _check_params(config: Config, params: dict[str, Any]) -> None:
             raise InputError(f"params: {name} is not a parameter of this configuration")
         if leaves[name].shape != specs[name].shape:
             raise InputError(f"params: {name} has shape {leaves[name].shape}, expected {specs[name].shape}")
+        if leaves[name].dtype not in DTYPES:
+            raise InputError(f"params: {name} has dtype {leaves[name].dtype}, expected {_names(DTYPES)}")
 
 
 def orbax_leaves(path: Path) -> dict[str, Any]:
@@ -189,8 +194,12 @@ def check_orbax(path: Path, config: Config) -> dict[str, Any]:
                 f"one of the two is of another model"
             )
         if np.dtype(stored[name].dtype) not in DTYPES:
-            raise InputError(f"{path}: {name} has dtype {stored[name].dtype}, expected {', '.join(map(str, DTYPES))}")
+            raise InputError(f"{path}: {name} has dtype {stored[name].dtype}, expected {_names(DTYPES)}")
     return stored
+
+
+def _names(dtypes: tuple[np.dtype, ...]) -> str:
+    return ", ".join(map(str, dtypes))
 
 
 def _load_orbax(path: Path, config: Config, shardings: dict[str, Any]) -> dict[str, Any]:

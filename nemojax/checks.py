@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nemojax.cache import Cache
+from nemojax.cache import STATE_DTYPES, Cache, cache_shapes
 from nemojax.config import Config
 from nemojax.errors import InputError
 from nemojax.forward import CAPTURES
@@ -93,12 +93,7 @@ def _check_cache(config: Config, cache: Cache, shape: tuple[int, int]) -> None:
     batch, length = shape
     if cache.length.shape != (batch,):
         raise InputError(f"cache has {cache.length.shape[0]} rows, tokens {batch}; make it with batch={batch}")
-    kinds = {kind: sum(1 for k in config.pattern if k == kind) for kind in "M*"}
-    if len(cache.layers) != sum(kinds.values()):
-        raise InputError(
-            f"cache holds the state of {len(cache.layers)} layers, the model has {kinds['M']} Mamba-2 and {kinds['*']} "
-            f"attention layers; make it with this model's config"
-        )
+    _check_states(config, cache, batch)
     if known(cache.length):
         used = int(np.asarray(cache.length).max())
         if used + length > cache.max_len:
@@ -106,3 +101,24 @@ def _check_cache(config: Config, cache: Cache, shape: tuple[int, int]) -> None:
                 f"cache is full: {used} of {cache.max_len} slots are used and the call brings {length} tokens; make it "
                 f"with max_len of at least {used + length}"
             )
+
+
+def _check_states(config: Config, cache: Cache, batch: int) -> None:
+    """Another model's or dtype's states would be computed with, or fail deep inside."""
+    expected = cache_shapes(config, batch, cache.max_len).layers
+    if cache.layers.keys() != expected.keys():
+        kinds = {kind: config.pattern.count(kind) for kind in "M*"}
+        raise InputError(
+            f"cache holds the state of {len(cache.layers)} layers, the model has {kinds['M']} Mamba-2 and {kinds['*']} "
+            f"attention layers, others; make it with this model's config"
+        )
+    for name, states in expected.items():
+        for field, wanted in states._asdict().items():
+            found = getattr(cache.layers[name], field, None)
+            dtypes = STATE_DTYPES if field == "ssm" else (wanted.dtype.name,)
+            if found is None or found.shape != wanted.shape or found.dtype.name not in dtypes:
+                what = "nothing" if found is None else f"{found.dtype}{list(found.shape)}"
+                raise InputError(
+                    f"cache: {field} of {name} is {what}, the model's {' or '.join(dtypes)}{list(wanted.shape)}; make "
+                    f"it with this model's config (`model.config`)"
+                )

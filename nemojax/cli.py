@@ -8,8 +8,12 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
 from nemojax.errors import InputError
+
+_LARGEST = "the largest parameter, and all that a call computes, must fit"
+_OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,9 +28,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"nemojax {args.command}: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
     except MemoryError:
-        print(f"nemojax {args.command}: out of memory; the largest parameter must fit", file=sys.stderr)
+        print(f"nemojax {args.command}: out of memory; {_LARGEST}", file=sys.stderr)
+    except RuntimeError as error:  # of jax, whose own class this module does not import
+        if not any(words in str(error) for words in _OUT_OF_MEMORY):
+            raise
+        print(f"nemojax {args.command}: the device is out of memory; {_LARGEST}", file=sys.stderr)
     except KeyboardInterrupt:
-        print(f"nemojax {args.command}: interrupted; nothing was left behind", file=sys.stderr)
+        print(f"nemojax {args.command}: interrupted; nothing was left half done", file=sys.stderr)
         return 130
     return 2
 
@@ -69,14 +77,19 @@ def _add_state_dtype(parser: argparse.ArgumentParser) -> None:
 
 def _generate(args: argparse.Namespace) -> int:
     from nemojax.checkpoint import load
-    from nemojax.generate import generate
+    from nemojax.generate import end_ids, generate, until_stop
+    from nemojax.layout import require_directory
     from nemojax.tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(args.path)
-    ids = tokenizer.encode(args.prompt).ids
-    if not ids:
+    tokenizer = load_tokenizer(require_directory(Path(args.path)))
+    try:
+        args.prompt.encode()
+    except UnicodeEncodeError:
+        raise InputError("--prompt: the bytes are no UTF-8 text") from None
+    if not tokenizer.encode(args.prompt, add_special_tokens=False).ids:
         raise InputError("--prompt: the text has no tokens; give at least one word")
     model, params = load(args.path, dtype=args.dtype)
+    ids = tokenizer.encode(args.prompt).ids
     new = generate(
         model,
         params,
@@ -88,7 +101,7 @@ def _generate(args: argparse.Namespace) -> int:
         key=args.seed,
         state_dtype=args.state_dtype,
     )
-    print(args.prompt + tokenizer.decode([int(i) for i in new[0]]))
+    print(args.prompt + tokenizer.decode(until_stop(new[0].tolist(), end_ids(model.config))))
     return 0
 
 
@@ -115,7 +128,8 @@ def _plan(args: argparse.Namespace) -> int:
     from nemojax.plan import plan
     from nemojax.presets import preset
 
-    config = Config.from_hf(args.model) if os.path.exists(args.model) else preset(args.model)
+    is_path = os.path.exists(args.model) or os.sep in args.model
+    config = Config.from_hf(args.model) if is_path else preset(args.model)
     done = plan(
         config,
         context=args.context,

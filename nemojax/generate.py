@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import numbers
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,8 +14,11 @@ from jaxtyping import Array, Float, Int
 
 from nemojax import checks, forward
 from nemojax.cache import Cache, init_cache
+from nemojax.config import Config
 from nemojax.errors import InputError
 from nemojax.model import Nemotron
+
+_MOST = 2**30  # new tokens, and prompts with them, are counted in 32 bits
 
 
 class Sampling(NamedTuple):
@@ -43,7 +47,7 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     stop_ids: Sequence[int] | None = None,
-    key: jax.Array | int = 0,
+    key: jax.Array | int | np.integer = 0,
     state_dtype: str = "float32",
 ) -> Int[Array, "B N"]:
     """Continues prompts.
@@ -66,18 +70,19 @@ def generate(
     Raises:
       InputError: an argument is out of range, a prompt is empty, or an id is outside the vocabulary.
     """
-    config = model.config
+    config, ends = model.config, end_ids(model.config, stop_ids)
     tokens, segment_ids = _prompts(tokens, segment_ids)
     tokens, segment_ids = checks.call(config, tokens, segment_ids, None, False, ())
-    _check_sampling(max_new_tokens, temperature, top_k, top_p)
-    if segment_ids is not None and not np.asarray((segment_ids > 0).any(axis=1)).all():
+    if not 1 <= max_new_tokens <= _MOST:
+        raise InputError(f"max_new_tokens must be at least 1 and at most {_MOST}, got {max_new_tokens}")
+    check_sampling(temperature, top_k, top_p)
+    if checks.known(segment_ids) and segment_ids is not None and not np.asarray((segment_ids > 0).any(axis=1)).all():
         raise InputError(f"tokens: the prompt of row {int(jnp.argmin((segment_ids > 0).any(axis=1)))} is empty")
-    key = jax.random.key(key) if isinstance(key, int) else key
     sampling = Sampling(
         jnp.float32(temperature),
-        jnp.int32(top_k or config.vocab_size),
+        jnp.int32(min(top_k or config.vocab_size, config.vocab_size)),
         jnp.float32(1.0 if top_p is None else top_p),
-        jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(tokens.shape[0])),
+        jax.vmap(jax.random.fold_in, (None, 0))(_key(key), jnp.arange(tokens.shape[0])),
     )
     return _generate(
         params,
@@ -86,18 +91,33 @@ def generate(
         sampling,
         model=model,
         max_new_tokens=max_new_tokens,
-        stop_ids=_stop_ids(config, stop_ids),
+        stop_ids=ends,
         state_dtype=state_dtype,
-        greedy=temperature == 0,
+        greedy=is_greedy(temperature),
         truncate=top_k is not None or top_p is not None,
     )
 
 
-def _stop_ids(config, given):
+def _key(key):
+    if not isinstance(key, (int, np.integer)):
+        return key
+    if not -(2**63) <= key < 2**63:
+        raise InputError(f"key: a seed has 64 bits, got {key}")
+    return jax.random.key(int(key))
+
+
+def end_ids(config: Config, given: Sequence[int] | None = None) -> tuple[int, ...]:
+    """What ends a row: the ids that are given, or the config's ends of text."""
     if given is None:
         eos = config.eos_token_id
         given = () if eos is None else eos if isinstance(eos, tuple) else (eos,)
     return tuple(int(i) for i in given)
+
+
+def until_stop(tokens: list[int], stop_ids: Sequence[int]) -> list[int]:
+    """Tokens up to and with the first stop id."""
+    ends = [i for i, token in enumerate(tokens) if token in stop_ids]
+    return tokens[: ends[0] + 1] if ends else tokens
 
 
 def _prompts(tokens: Any, segment_ids: Any) -> tuple[Any, Any]:
@@ -119,15 +139,22 @@ def _prompts(tokens: Any, segment_ids: Any) -> tuple[Any, Any]:
     return np.stack([pad(r, r) for r in rows]), np.stack([pad(r, np.ones_like(r)) for r in rows])
 
 
-def _check_sampling(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
+    """Raises InputError where one is out of range."""
+    for name, value in (("temperature", temperature), ("top_k", top_k), ("top_p", top_p)):
+        if value is not None and not isinstance(value, numbers.Real):
+            raise InputError(f"{name} must be a number, got {value!r}")
     if not 0 <= temperature < float("inf"):
         raise InputError(f"temperature must be 0 or a positive number, got {temperature}")
-    if top_k is not None and top_k < 1:
+    if top_k is not None and not top_k >= 1:
         raise InputError(f"top_k must be at least 1, got {top_k}")
     if top_p is not None and not 0 < top_p <= 1:
         raise InputError(f"top_p must be above 0 and at most 1, got {top_p}")
+
+
+def is_greedy(temperature: float) -> bool:
+    """Whether the best token is taken: at 0, and at what float32 rounds to 0."""
+    return temperature < float(np.finfo(np.float32).tiny)
 
 
 @functools.partial(
@@ -178,18 +205,21 @@ def choose(logits: Float[Array, "B V"], step: Any, *, sampling: Sampling, greedy
     """The next token of each row; `truncate` says that `sampling` has a top-k or top-p."""
     if greedy:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = logits / sampling.temperature
-    if truncate:
-        logits = jnp.where(logits < _smallest_kept(logits, sampling), -jnp.inf, logits)
+    best = logits.max(axis=-1, keepdims=True)  # which no temperature must make infinite, and which may be infinite
+    logits = jnp.where(logits == best, 0.0, (logits - best) / sampling.temperature)
     keys = jax.vmap(jax.random.fold_in, (0, None))(sampling.keys, step)
-    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+    sample = lambda logits: jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+    if not truncate:
+        return sample(logits)
+    order = jnp.argsort(logits, axis=-1, descending=True)
+    place = sample(_kept(jnp.take_along_axis(logits, order, axis=-1), sampling))
+    return jnp.take_along_axis(order, place[:, None], axis=-1)[:, 0].astype(jnp.int32)
 
 
-def _smallest_kept(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B 1"]:
-    """The smallest logit that top-k and then top-p keep. The best token is always kept."""
-    ordered = jnp.sort(logits, axis=-1, descending=True)
-    within_k = jnp.arange(logits.shape[-1]) < sampling.top_k
-    probabilities = jax.nn.softmax(jnp.where(within_k, ordered, -jnp.inf), axis=-1)
+def _kept(ordered: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
+    """Logits, best first, with -inf for those that top-k and then top-p leave out. The best token is always kept."""
+    place = jnp.arange(ordered.shape[-1])
+    ordered = jnp.where(place < sampling.top_k, ordered, -jnp.inf)
+    probabilities = jax.nn.softmax(ordered, axis=-1)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    kept = (within_k & (before < sampling.top_p)).sum(axis=-1, keepdims=True)
-    return jnp.take_along_axis(ordered, kept - 1, axis=-1)
+    return jnp.where((place == 0) | (before < sampling.top_p), ordered, -jnp.inf)

@@ -79,6 +79,16 @@ def config_from_hf(source: dict | Path) -> Config:
         raise InputError(f"{label}: {str(error).removeprefix('config: ')}") from None
 
 
+def generation_ends(directory: Path) -> int | tuple[int, ...] | None:
+    """Where generation stops by the checkpoint's `generation_config.json`: `eos_token_id`, None if that says nothing.
+
+    For chat models it has the end of a turn besides the end of text, which is all that `config.json` knows.
+    """
+    path = directory / "generation_config.json"
+    eos = _read(path).get("eos_token_id") if path.exists() else None
+    return tuple(eos) if isinstance(eos, list) else eos
+
+
 def _read(path: Path) -> dict:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))

@@ -57,20 +57,18 @@ def new_directory(target: Path, *, overwrite: bool, needed_bytes: int) -> Iterat
     """A directory to fill, which becomes `target` when the block ends well, and leaves nothing when it does not.
 
     A killed run leaves `.NAME.partial` beside the target; the next run starts over from nothing, unless another one is
-    still writing there.
+    still writing there. A target that is replaced is there until the new one is complete.
 
     Args:
-      target: where the result goes. overwrite: whether a non-empty target may be replaced.
+      target: where the result goes. overwrite: whether a checkpoint that lies there may be replaced.
       needed_bytes: what will be written, checked against the free space first.
 
     Raises:
-      InputError: the target exists, cannot be made, does not fit on the disk, or is what another run is writing.
+      InputError: the target exists, cannot be made, does not fit on the disk, or is what another run is writing; what
+        is to be replaced is no checkpoint, or holds the current directory.
     """
     target = Path(target).resolve()  # a link to a directory could not be replaced at the end
-    if target.exists() and not target.is_dir():
-        raise InputError(f"{target}: exists and is not a directory; choose another target")
-    if target.is_dir() and any(target.iterdir()) and not overwrite:
-        raise InputError(f"{target}: exists and is not empty; choose another target, or replace it with --overwrite")
+    _check_target(target, overwrite)
     partial = target.parent / f".{target.name}.partial"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -81,9 +79,7 @@ def new_directory(target: Path, *, overwrite: bool, needed_bytes: int) -> Iterat
                     f"{target}: needs {needed_bytes / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free; make room"
                 )
             yield partial
-            if target.is_dir() and overwrite:
-                shutil.rmtree(target)
-            partial.rename(target)  # also replaces an empty directory, and refuses one that was filled meanwhile
+            _put_in_place(partial, target, overwrite)
     except OSError as error:
         problem = error.strerror or str(error)
         raise InputError(f"{target}: cannot be written ({problem}); check permissions and free space") from None
@@ -95,6 +91,35 @@ def new_directory(target: Path, *, overwrite: bool, needed_bytes: int) -> Iterat
                 f"{target}: cannot be written, no space is left on the disk; make room and start again"
             ) from None
         raise
+
+
+def _check_target(target: Path, overwrite: bool) -> None:
+    if target.exists() and not target.is_dir():
+        raise InputError(f"{target}: exists and is not a directory; choose another target")
+    if not target.is_dir() or not any(target.iterdir()):
+        return
+    if not overwrite:
+        raise InputError(f"{target}: exists and is not empty; choose another target, or replace it with --overwrite")
+    if Path.cwd().is_relative_to(target):
+        raise InputError(f"{target}: holds the current directory, and is not replaced; give a directory of its own")
+    if not (target / CONFIG).is_file():
+        raise InputError(f"{target}: is not empty and no checkpoint (no {CONFIG}), and is not replaced; empty it first")
+
+
+def _put_in_place(partial: Path, target: Path, overwrite: bool) -> None:
+    """Renames `partial`. What it replaces is renamed first and then deleted: neither can be lost on the way."""
+    replaced = target.parent / f".{target.name}.replaced"
+    if replaced.exists():  # of a run that was killed at this place
+        shutil.rmtree(replaced) if target.exists() else replaced.rename(target)
+    if target.is_dir() and overwrite:
+        target.rename(replaced)
+    try:
+        partial.rename(target)  # also replaces an empty directory, and refuses one that was filled meanwhile
+    except BaseException:
+        if replaced.exists():
+            replaced.rename(target)
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 @contextmanager

@@ -42,8 +42,9 @@ class Nemotron(nn.Module):
     """A Nemotron-H / Nemotron 3 language model.
 
     `model.init(key, tokens)["params"]` makes parameters without running the layers;
-    `model.apply({"params": params}, tokens, ...)` is a pure function to hand to `jax.jit`, `jax.grad` and the rest of
-    JAX.
+    `model.apply({"params": params}, tokens, ...)` is a pure function to hand to `jax.jit`, `jax.vmap` and `jax.grad`.
+    Its operations have gradients of their own: forward mode (`jax.jvp`) and gradients of gradients exist only with
+    `implementation="reference"`.
 
     Attributes:
       config: the model's configuration.
@@ -80,7 +81,8 @@ class Nemotron(nn.Module):
 
         Raises:
           InputError: an argument has a wrong shape, dtype or value, as far as values are known outside `jax.jit`.
-            Inside it, an id out of range or a full cache gives NaN logits for the row instead.
+            Inside it, an id out of range or a full cache gives NaN logits for the row instead, and a document that is
+            interrupted is two.
         """
         tokens, segment_ids = checks.call(self.config, tokens, segment_ids, cache, mtp, capture)
         params = declare(self, model_specs(self.config))

@@ -160,7 +160,7 @@ def plan(
             missing = str(error)
     grid = make_mesh(sizes, devices) if devices else AbstractMesh(tuple(sizes.values()), tuple(sizes))
     params, cache, tokens = _abstract(config, batch, context, grid, state_dtype)
-    numbers = _device_bytes(params), _device_bytes(cache), _estimated_temp(config, batch * piece, sizes)
+    numbers = _device_bytes(params), _device_bytes(cache), _estimated_temp(Cut.of(grid, config, batch, piece))
     done = Plan(target, count, mesh, context, batch, piece, *numbers, missing=missing)
     if devices is None:
         return done
@@ -225,20 +225,20 @@ def _compile(config: Config, mesh: Mesh, params: Any, cache: Any, name: str, tok
     )
 
 
-def _estimated_temp(config: Config, tokens: int, sizes: dict[str, int]) -> int:
+def _estimated_temp(cut: Cut) -> int:
     """Temporaries of a call by a rule of thumb: three times the widest layer, and an output of every layer.
 
     A layer's width is what its largest arrays have for one token, in bytes: rows in and out of all chosen experts, the
     input projection and float32 scan of Mamba-2, float32 attention output, hidden units of an MLP.
     """
-    c, item = config, config.np_dtype.itemsize
+    c, item = cut.config, cut.config.np_dtype.itemsize
     widths = {
         "M": c.mamba_inner * (2 * item + 4) + 2 * c.n_groups * c.ssm_state_size * item,
         "*": c.num_attention_heads * c.head_dim * (item + 4),
         "E": c.num_experts_per_tok * c.expert_width * (item + 4),
         "-": c.intermediate_size * item,
     }
-    own = -(-tokens // (sizes["data"] * sizes["expert"] * sizes["sequence"]))
+    own = cut.batch * cut.length // (math.prod(cut.mesh.shape[axis] for axis in cut.rows) * cut.stretches)
     return own * (3 * max(widths[kind] for kind in c.pattern) + c.num_layers * c.hidden_size * item)
 
 

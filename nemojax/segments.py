@@ -53,7 +53,7 @@ def number_documents(
     seen = jnp.cumsum(is_real, axis=1) - is_real  # real tokens before this one
     continues = jnp.where(seen == 0, segment_ids == segment[:, None], segment_ids == before)
     begins = is_real & ~continues
-    numbers = document[:, None] + jnp.cumsum(begins, axis=1)
+    numbers = document[:, None] + jnp.cumsum(begins, axis=1, dtype=jnp.int32)
     last = segment_ids.shape[1] - 1 - jnp.argmax(is_real[:, ::-1], axis=1)
     segment = jnp.where(is_real.any(axis=1), jnp.take_along_axis(segment_ids, last[:, None], axis=1)[:, 0], segment)
     return jnp.where(is_real, numbers, 0), numbers[:, -1], segment

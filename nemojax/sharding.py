@@ -177,8 +177,10 @@ def param_partitions(config: Config, mesh: Mesh | AbstractMesh) -> dict[str, Any
     """Partition of every parameter, as a tree like the parameters.
 
     Raises:
-      InputError: a parameter does not divide over the mesh.
+      InputError: the mesh is no mesh of ours, or a parameter does not divide over it.
     """
+    if tuple(getattr(mesh, "axis_names", ())) != AXES:
+        raise InputError(f"mesh must be made by nemojax.make_mesh, got {mesh!r}")
     leaves = flatten(model_specs(config))
     return unflatten([(path, partition(s.axes, s.shape, mesh, f"parameter {path}")) for path, s in leaves])
 

@@ -117,7 +117,7 @@ def launch(
       approximate: exponentials and roots by the special function unit, to 2^-22 or so. (Division always is.)
       semantics: who finds the layouts of what is in registers: `Lane`, the kernel; `Warpgroup`, the compiler.
     """
-    return plgpu.kernel(
+    run = plgpu.kernel(
         early(body, before),
         out_type=out_type,
         grid=tuple(grid.values()),
@@ -130,6 +130,19 @@ def launch(
         scratch_types=list(scratch),
         compiler_params=plgpu.CompilerParams(approx_math=approximate, lowering_semantics=semantics),
     )
+    return _in_32_bits(run)
+
+
+def _in_32_bits(run: Callable) -> Callable:
+    """`run`, traced without JAX's 64-bit mode, whatever the caller's: kernels count in int32."""
+    narrow = lambda a: a.astype(jnp.int32) if getattr(a, "dtype", None) == jnp.int64 else a
+
+    def traced(*inputs: Any) -> Any:
+        inputs = jax.tree.map(narrow, inputs)  # sums of numbers, in that mode
+        with jax.enable_x64(False):
+            return run(*inputs)
+
+    return traced
 
 
 def in_place(
@@ -147,4 +160,4 @@ def in_place(
         pl.run_scoped(lambda *more: early(body)(*refs, *more), *scratch, collective_axes="thread")
 
     parameters = plgpu.CompilerParams(approx_math=False, lowering_semantics=plgpu.LoweringSemantics.Lane)
-    return pl.kernel(scoped, out_type, mesh=mesh, name=name, compiler_params=parameters)
+    return _in_32_bits(pl.kernel(scoped, out_type, mesh=mesh, name=name, compiler_params=parameters))

@@ -10,7 +10,7 @@ from layouts import DOCUMENTS
 from tiny import perturbed_params, run, tiny_config
 
 from nemojax import InputError, Nemotron, generate, init_cache
-from nemojax.generate import _generate
+from nemojax.generate import Sampling, _generate, choose
 
 CONFIG = tiny_config("M*E", pad_token_id=49, eos_token_id=None)
 PROMPTS = [DOCUMENTS[0, :5].tolist(), DOCUMENTS[1, :9].tolist(), DOCUMENTS[2, :2].tolist()]
@@ -87,16 +87,46 @@ def test_end_of_text_of_the_config_stops_and_no_ids_never_stop():
 # ------------------------------------------------------------------------------------------------------ sampling
 
 
-def test_sampling_that_keeps_one_token_is_greedy():
-    np.testing.assert_array_equal(new_tokens(temperature=1.5, top_k=1), greedy())
-    np.testing.assert_array_equal(new_tokens(temperature=1.5, top_p=1e-6), greedy())
-    np.testing.assert_array_equal(new_tokens(temperature=1e-4, top_k=50), greedy())
+ONE_TOKEN = [dict(top_k=1), dict(top_p=1e-6), dict(top_p=1e-45), dict(top_p=0.5, temperature=1e-4)]
+ONE_TOKEN += [dict(temperature=value) for value in (1e-4, 1e-30, 2e-38, 1e-38, 1e-45)]
+
+
+@pytest.mark.parametrize("options", ONE_TOKEN, ids=str)
+def test_sampling_that_keeps_one_token_is_greedy(options):
+    np.testing.assert_array_equal(new_tokens(**{"temperature": 1.5, "top_k": 50} | options), greedy())
+
+
+def chosen_among(logits, rows=300, temperature=1.0, top_k=None, top_p=1.0):
+    """Tokens that are drawn from these logits."""
+    keys = jax.random.split(jax.random.key(0), rows)
+    sampling = Sampling(jnp.float32(temperature), jnp.int32(top_k or len(logits)), jnp.float32(top_p), keys)
+    logits = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (rows, len(logits)))
+    return set(np.asarray(choose(logits, 0, sampling=sampling, greedy=False, truncate=True)).tolist())
+
+
+@pytest.mark.parametrize(
+    "logits, options, expected",
+    [
+        ([1, 3, 3, 3], dict(top_k=1), {1}),
+        ([1, 3, 3, 3], dict(top_k=2), {1, 2}),
+        ([3, 3, 3, 3], dict(top_p=0.3), {0, 1}),
+        ([0, np.inf, 5], dict(), {1}),
+        ([0, np.inf, np.inf], dict(), {1, 2}),
+        ([-np.inf, -np.inf, 0], dict(top_k=2), {2}),
+        ([3e38, -3e38, 3e38], dict(temperature=0.1), {0, 2}),
+    ],
+    ids=["best-of-equals", "two-of-equals", "half-of-equals", "inf", "two-of-inf", "one-possible", "large"],
+)
+def test_equal_and_infinite_logits(logits, options, expected):
+    """Top-k and top-p keep no more than they must; of equals, the first."""
+    assert chosen_among(logits, **options) == expected
 
 
 def test_same_key_same_tokens():
     first = new_tokens(temperature=1.0, key=3)
     np.testing.assert_array_equal(first, new_tokens(temperature=1.0, key=3))
     np.testing.assert_array_equal(first, new_tokens(temperature=1.0, key=jax.random.key(3)))
+    np.testing.assert_array_equal(first, new_tokens(temperature=1.0, key=np.int64(3)))
     assert (first != new_tokens(temperature=1.0, key=4)).any()
 
 
@@ -169,6 +199,13 @@ def test_program_does_not_grow_with_the_number_of_tokens():
     assert trace(8).count("\n") == trace(64).count("\n")
 
 
+def test_inside_a_program_of_the_caller():
+    tokens, segment_ids = padded(PROMPTS[0])
+    inner = lambda p, t, s: generate(Nemotron(CONFIG), p, t, segment_ids=s, max_new_tokens=NEW)
+    new = jax.jit(inner)(perturbed_params(CONFIG), tokens, segment_ids)
+    np.testing.assert_array_equal(new[0], greedy()[0])
+
+
 def test_sampling_options_do_not_compile_again():
     new_tokens(temperature=1.0, top_k=5)
     compiled = _generate._cache_size()
@@ -178,7 +215,10 @@ def test_sampling_options_do_not_compile_again():
 
 
 REFUSED = {
-    "no-new-token": (dict(max_new_tokens=0), "max_new_tokens must be at least 1, got 0"),
+    "no-new-token": (dict(max_new_tokens=0), "max_new_tokens must be at least 1 .* got 0"),
+    "too-many-tokens": (dict(max_new_tokens=2**31), "max_new_tokens must be .* at most 1073741824, got 2147483648"),
+    "temperature-text": (dict(temperature="1"), "temperature must be a number, got '1'"),
+    "seed-too-large": (dict(key=2**63), "a seed has 64 bits, got 9223372036854775808"),
     "temperature": (dict(temperature=-0.5), "temperature must be 0 or a positive number, got -0.5"),
     "temperature-nan": (dict(temperature=float("nan")), "temperature must be 0 or a positive number, got nan"),
     "top-k": (dict(top_k=0), "top_k must be at least 1, got 0"),

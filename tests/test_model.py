@@ -175,6 +175,18 @@ CACHES = {
         lambda c: init_cache(tiny_config("M"), 2, 8),
         "cache holds the state of 1 layers, the model has 1 ",
     ),
+    "other-kinds": (
+        lambda c: init_cache(c.replace(pattern="*M"), 2, 8),
+        "cache: conv of layers_00 is nothing, the model.s float32",
+    ),
+    "other-dtype": (
+        lambda c: init_cache(c.replace(dtype="bfloat16"), 2, 8),
+        r"cache: conv of layers_00 is bfloat16\[2, .* the model's float32\[2, ",
+    ),
+    "other-width": (
+        lambda c: init_cache(c.replace(head_dim=4), 2, 8),
+        r"k of layers_01 is .*, 4\], the model's .*, 8\]",
+    ),
     "too-short": (lambda c: with_length(init_cache(c, 2, 5), 1, 8), "full: 8 of 8 slots .* brings 6 .* at least 14"),
     "full": (lambda c: with_length(init_cache(c, 2, 8), 1, 3), "cache is full: 3 of 8 slots .* brings 6 .* at least 9"),
 }

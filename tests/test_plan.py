@@ -104,9 +104,13 @@ def test_command_without_a_compiler(no_compiler, capsys):
         "fits": (["nano-30b-a3b"], 0),
         "too long for an H100": (["nano-30b-a3b", "--context", "8000000"], 1),
         "not on an H100": (["super-120b-a12b"], 1),
+        "one row on eight shards": (
+            ["super-120b-a12b", "--mesh", "expert=8", *["--context", "262144", "--piece", "131072"]],
+            1,
+        ),
         "config.json": ([FILES + "nano-4b.json", "--device", "h200"], 0),
     }.values(),
-    ids=["fits", "too long", "too large", "config.json"],
+    ids=["fits", "too long", "too large", "one row", "config.json"],
 )
 def test_exit_code(arguments, code, request, monkeypatch, capsys):
     monkeypatch.chdir(request.config.rootpath)
@@ -118,12 +122,13 @@ def test_exit_code(arguments, code, request, monkeypatch, capsys):
     "arguments, message",
     [
         (["nano-31b"], "unknown name 'nano-31b'"),
+        (["no/such/model"], "no/such/model: no such file"),
         (["nano-4b", "--context", "0"], "context must be at least 1, got 0"),
         (["nano-4b", "--batch", "0"], "batch must be at least 1, got 0"),
         (["nano-4b", "--piece", "-1"], "piece must be at least 1, got -1"),
         (["nano-4b", "--device", "h900"], "unknown GPU 'h900'; known: h100, h200"),
     ],
-    ids=["preset", "context", "batch", "piece", "device"],
+    ids=["preset", "path", "context", "batch", "piece", "device"],
 )
 def test_bad_argument(arguments, message, capsys):
     assert cli.main(["plan", *arguments, "--estimate-only"]) == 2

@@ -77,8 +77,10 @@ def _check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < smallest:
             raise InputError(f"--{name.replace('_', '-')} must be at least {smallest}, got {value}")
-    if args.limit is not None and args.limit <= 0:
+    if args.limit is not None and not args.limit > 0:
         raise InputError(f"--limit must be positive, got {args.limit}")
+    if args.coordinator and not args.coordinator.rpartition(":")[2].isdecimal():
+        raise InputError(f"--coordinator must be HOST:PORT, got {args.coordinator}")
     if args.distributed and args.coordinator:
         raise InputError("--distributed finds the coordinator itself; leave --coordinator out")
     if len({value is None for value in (args.coordinator, args.processes, args.process)}) > 1:

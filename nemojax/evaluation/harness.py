@@ -21,6 +21,7 @@ from nemojax.evaluation import chat
 from nemojax.evaluation.engine import Engine
 from nemojax.evaluation.record import Record, key
 from nemojax.evaluation.scorer import Decoding, Prompt, Request, Score, Scorer
+from nemojax.generate import check_sampling, end_ids
 from nemojax.tokenizer import load_tokenizer
 
 # Called with the index and the answer of each finished request.
@@ -108,8 +109,7 @@ class NemojaxLM(TemplateLM):
 
     @property
     def _stop_ids(self) -> tuple[int, ...]:
-        eos = self.config.eos_token_id
-        return tuple({self.eot_token_id, *(eos if isinstance(eos, tuple) else () if eos is None else (eos,))})
+        return tuple({self.eot_token_id, *end_ids(self.config)})
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Ids of a text; a text that begins with begin-of-text does not get another one."""
@@ -168,7 +168,7 @@ class NemojaxLM(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continues contexts up to a stop string, an end of text, or the limit of tokens."""
         arguments = [r.args for r in requests]
-        options = [dict(normalize_gen_kwargs(settings, self.max_gen_toks)) for _, settings in arguments]
+        options = [_normalised(settings, self.max_gen_toks) for _, settings in arguments]
         prompts = [
             self._prompt(context, option["max_gen_toks"], name)
             for (context, _), option, name in zip(arguments, options, _keys("sample", arguments), strict=True)
@@ -191,17 +191,17 @@ class NemojaxLM(TemplateLM):
             )
         ids = self.tok_encode(context) or [self.prefix_token_id]
         self.truncated += len(ids) > self.max_length - limit
-        return Prompt(ids[limit - self.max_length :], self._seed ^ int(name[:8], 16))
+        return Prompt(ids[limit - self.max_length :], (self._seed ^ int(name[:8], 16)) & 0xFFFFFFFF)
 
     def _generate(self, prompts: list[Prompt], options: dict[str, Any], done: Done) -> None:
         """Continues prompts that have the same settings."""
-        decoding = Decoding(
-            options["max_gen_toks"],
-            self._stop_ids,
+        sampling = (
             options["temperature"] if options["do_sample"] else 0.0,
-            options.get("top_k"),
+            options.get("top_k") or None,  # lm-eval's other models take 0 for all
             options.get("top_p"),
         )
+        check_sampling(*sampling)
+        decoding = Decoding(options["max_gen_toks"], self._stop_ids, *sampling)
         until = [stop for stop in options["until"] if stop]
         decode = lambda ids: self.tokenizer.decode(ids)
         is_finished = lambda ids: any(stop in decode(ids) for stop in until)
@@ -239,6 +239,14 @@ class NemojaxLM(TemplateLM):
             if chosen:
                 compute(chosen, done)
         return [answers[i] for i in range(len(keys))]
+
+
+def _normalised(settings: dict[str, Any], max_gen_toks: int) -> dict[str, Any]:
+    """Settings of generation as lm-eval reads them."""
+    try:
+        return dict(normalize_gen_kwargs(settings, max_gen_toks))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"settings of generation {settings}: {error}") from None
 
 
 def _keys(kind: str, arguments: Sequence[Any]) -> list[str]:

@@ -15,9 +15,11 @@ import numpy as np
 from nemojax.evaluation.buckets import bucket, capacity, cut, pad
 from nemojax.evaluation.engine import Engine
 from nemojax.evaluation.prefix import families
+from nemojax.generate import is_greedy, until_stop
 
 # Tokens between two looks at the text for a stop string.
 _DECODE = 16
+_ALL = np.iinfo(np.int32).max  # tokens to sample among
 
 
 class Request(NamedTuple):
@@ -157,13 +159,13 @@ class Scorer:
             "token": fill([p.tokens[-1] for p in prompts], np.int32),
             "seeds": fill([p.seed for p in prompts], np.uint32),
             "temperature": np.float32(decoding.temperature),
-            "top_k": np.int32(decoding.top_k or np.iinfo(np.int32).max),
+            "top_k": np.int32(min(decoding.top_k or _ALL, _ALL)),
             "top_p": np.float32(1.0 if decoding.top_p is None else decoding.top_p),
         }
         options = dict(
             count=_DECODE,
             stop_ids=decoding.stop_ids,
-            greedy=decoding.temperature == 0,
+            greedy=is_greedy(decoding.temperature),
             truncate=decoding.top_k is not None or decoding.top_p is not None,
         )
         cache = group.cache
@@ -175,7 +177,7 @@ class Scorer:
             self._drop(cache, group)
             cache, take = after, np.arange(self.batch_size, dtype=np.int32)
             for row in np.flatnonzero(~done):
-                kept = _until(tokens[row].tolist(), decoding.stop_ids)[: decoding.max_new_tokens - step]
+                kept = until_stop(tokens[row].tolist(), decoding.stop_ids)[: decoding.max_new_tokens - step]
                 new[row] += kept
                 done[row] = kept[-1] in decoding.stop_ids or is_finished(new[row])
                 self.engine.work.tokens += len(kept)
@@ -198,9 +200,3 @@ def _longest(tails: Sequence[int], branches: Sequence) -> int:
 
 def _total(log_probs: np.ndarray, best: np.ndarray) -> Score:
     return Score(float(log_probs.sum(dtype=np.float64)), bool(best.all()))
-
-
-def _until(tokens: list[int], stop_ids: tuple[int, ...]) -> list[int]:
-    """Tokens up to and with the first stop id."""
-    ends = [i for i, token in enumerate(tokens) if token in stop_ids]
-    return tokens[: ends[0] + 1] if ends else tokens

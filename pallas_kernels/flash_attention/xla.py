@@ -97,7 +97,7 @@ def _key_range(i, queries, keys, start, documents, key_documents):
     oldest = jnp.where(mine > 0, mine, jnp.iinfo(jnp.int32).max).min(axis=1, keepdims=True)
     is_mine = key_documents >= oldest
     first = jnp.where(is_mine.any(axis=1), jnp.argmax(is_mine, axis=1), keys.length - 1)
-    return first.min() // keys.size, end
+    return first.min().astype(jnp.int32) // keys.size, end
 
 
 def _visible(i, j, queries, keys, start, documents, key_documents):
@@ -137,7 +137,9 @@ def _attend(q, k, v, start, documents, key_documents):
             return m_new, l * scale + p.sum(axis=-1), o * scale[..., None] + value
 
         shape = q_block.shape[:-1]
-        empty = (jnp.full(shape, -jnp.inf), jnp.zeros(shape), jnp.zeros(q_block.shape))
+        empty = tuple(
+            jnp.full(n, value, jnp.float32) for n, value in ((shape, -jnp.inf), (shape, 0), (q_block.shape, 0))
+        )
         if keys.count == 1:
             m, l, o = key_block(0, empty)
         else:
@@ -148,7 +150,7 @@ def _attend(q, k, v, start, documents, key_documents):
         return (place(carry[0], out), place(carry[1], lse)), None
 
     empty = (jnp.zeros(q.shape, jnp.float32), jnp.zeros(q.shape[:-1], jnp.float32))
-    return jax.lax.scan(query_block, empty, jnp.arange(queries.count))[0]
+    return jax.lax.scan(query_block, empty, jnp.arange(queries.count, dtype=jnp.int32))[0]
 
 
 def _gradients(q, k, v, start, documents, key_documents, out, lse, d_out, d_lse):
@@ -178,12 +180,12 @@ def _gradients(q, k, v, start, documents, key_documents, out, lse, d_out, d_lse)
             dv = _add(dv, jnp.einsum("bghts,bghtp->bsgp", p, do_block), keys.start(j), 1)
             return dq_block, dk, dv
 
-        empty = jnp.zeros(q_block.shape)
+        empty = jnp.zeros(q_block.shape, jnp.float32)
         dq_block, dk, dv = jax.lax.fori_loop(*_key_range(i, *where), key_block, (empty, dk, dv))
         return (_add(dq, dq_block, queries.start(i), 3), dk, dv), None
 
     zeros = tuple(jnp.zeros(a.shape, jnp.float32) for a in (q, k, v))
-    (dq, dk, dv), _ = jax.lax.scan(query_block, zeros, jnp.arange(queries.count))
+    (dq, dk, dv), _ = jax.lax.scan(query_block, zeros, jnp.arange(queries.count, dtype=jnp.int32))
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
 
 

@@ -119,6 +119,11 @@ SOURCES = {
     "truncated file": (damaged(lambda d: truncate(d / SHARD)), SHARD, "ends at", "re-download it"),
     "empty file": (damaged(lambda d: os.truncate(d / SHARD, 0)), SHARD, "the file has 0 bytes", "re-download it"),
     "absurd header length": (damaged(absurd_header), SHARD, f"header length is {2**60}", "re-download it"),
+    "missing prediction block": (
+        lambda d: write_hf(d, SMALL.replace(mtp_pattern="*E"), arrays_of(SMALL)),
+        "tensors are missing, first mtp.",
+        "set num_nextn_predict_layers to 0",
+    ),
     "missing shard": (damaged(lambda d: (d / SHARD).unlink()), SHARD, "does not exist", "download it"),
     "index names a missing file": (index_to("model-00009.safetensors"), "model-00009.safetensors", "download it"),
     "index leaves the directory": (index_to("../secret.safetensors"), INDEX_NAME, NORM, "'../secret.safetensors'"),

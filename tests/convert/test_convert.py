@@ -1,14 +1,10 @@
-"""`nemojax convert` and `nemojax verify`: no bit changes, and nothing half done is ever left under a target's name."""
+"""`nemojax convert` and `nemojax verify`: no bit changes, and every difference is seen."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -204,116 +200,32 @@ def test_saved_parameters_load_again(tmp_path: Path) -> None:
     assert_same_params(nemojax.load(tmp_path / "hf")[1], nemojax.load(tmp_path / "saved")[1])
 
 
-# ------------------------------------------------------------------------------------------------------- target
+def test_save_refuses_what_load_would(tmp_path: Path) -> None:
+    """And keeps what it was to replace."""
+    params = jax.tree.map(lambda leaf: jax.numpy.zeros(leaf.shape, leaf.dtype), nemojax.abstract_params(SMALL))
+    nemojax.save(tmp_path / "saved", SMALL, params)
+    with pytest.raises(InputError, match="params: norm_f has dtype int8, expected bfloat16, float16, float32"):
+        nemojax.save(tmp_path / "saved", SMALL, params | {"norm_f": params["norm_f"].astype("int8")}, overwrite=True)
+    assert_same_params(nemojax.load(tmp_path / "saved")[1], params)
 
 
-def test_target_that_is_not_empty(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    source, target = write_hf(tmp_path / "hf"), tmp_path / "target"
-    target.mkdir()
-    (target / "precious").write_text("x")
-    assert run("convert", source, target) == 2
-    assert "target: exists and is not empty" in capsys.readouterr().err
-    assert os.listdir(target) == ["precious"]
-    assert run("convert", source, target, "--overwrite") == 0
-    assert not (target / "precious").exists()
-    assert run("verify", source, target) == 0
-
-
-@pytest.mark.parametrize("link", [False, True], ids=["empty directory", "link to an empty directory"])
-def test_target_that_is_empty(tmp_path: Path, link: bool) -> None:
-    (tmp_path / "real").mkdir()
-    target = tmp_path / "real"
-    if link:
-        target = tmp_path / "link"
-        target.symlink_to("real")
-    assert run("convert", write_hf(tmp_path / "hf"), target) == 0
-    assert run("verify", tmp_path / "hf", tmp_path / "real") == 0
-
-
-@pytest.mark.parametrize("overwrite", [[], ["--overwrite"]], ids=["plain", "overwrite"])
+@pytest.mark.parametrize("orbax", [False, True], ids=["Hugging Face", "Orbax"])
 @pytest.mark.parametrize(
-    "source, target",
-    [("hf", "hf/orbax"), ("hf", "hf"), ("hf", "."), ("hf", "link/orbax")],
-    ids=["target in source", "the same", "source in target", "through a link"],
+    "settings, expected",
+    [('{"eos_token_id": [2, 11]}', (2, 11)), ('{"eos_token_id": 11}', 11), ('{"temperature": 1.0}', 2), (None, 2)],
+    ids=["two", "another", "none", "no file"],
 )
-def test_source_and_target_are_apart(
-    tmp_path: Path, source: str, target: str, overwrite: list[str], capsys: pytest.CaptureFixture
+def test_generation_stops_where_the_checkpoint_says(
+    tmp_path: Path, settings: str | None, expected: object, orbax: bool
 ) -> None:
-    write_hf(tmp_path / "hf")
-    (tmp_path / "link").symlink_to("hf")
-    before = sorted(tmp_path.rglob("*"))
-    assert run("convert", tmp_path / source, tmp_path / target, *overwrite) == 2
-    assert "choose a target apart from it" in capsys.readouterr().err
-    assert sorted(tmp_path.rglob("*")) == before
-
-
-def test_target_filled_meanwhile_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source, target = write_hf(tmp_path / "hf"), tmp_path / "target"
-
-    def fill(*_: Path) -> list[str]:
-        target.mkdir()
-        (target / "precious").write_text("x")
-        return []
-
-    monkeypatch.setattr("nemojax.layout.copy_companions", fill)
-    assert run("convert", source, target) == 2
-    assert sorted(os.listdir(tmp_path)) == ["hf", "target"]
-    assert os.listdir(target) == ["precious"]
-
-
-# Stops in the middle: says so on standard output and waits for the signal. Where a shell started the tests in the
-# background, children inherit that interrupts are ignored.
-KILLED = """
-import signal, sys, time
-signal.signal(signal.SIGINT, signal.default_int_handler)
-from convert import source
-from nemojax.cli import main
-reads = []
-def stop(read):
-    def wrapped(self, entry):
-        reads.append(entry)
-        if len(reads) == 12:
-            print("half done", flush=True)
-            time.sleep(600)
-        return read(self, entry)
-    return wrapped
-source.HFSource.read, source.OrbaxSource.read = stop(source.HFSource.read), stop(source.OrbaxSource.read)
-import convert.stream
-convert.stream._BATCH_BYTES = 1
-main(["convert", "--no-progress", *sys.argv[1:]])
-"""
-
-
-@pytest.mark.parametrize("to_hf", [False, True], ids=["to Orbax", "to Hugging Face"])
-@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT], ids=["killed", "interrupted"])
-def test_stopped_in_the_middle(tmp_path: Path, to_hf: bool, end: signal.Signals, capsys: pytest.CaptureFixture) -> None:
-    hf, orbax = write_hf(tmp_path / "hf"), tmp_path / "orbax"
-    if to_hf:
-        assert run("convert", hf, orbax) == 0
-    source, target = (orbax, tmp_path / "back") if to_hf else (hf, orbax)
-    partial = tmp_path / f".{target.name}.partial"
-    command = [sys.executable, "-c", KILLED, str(source), str(target)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=REPOSITORY, stderr=subprocess.DEVNULL) as child:
-        assert child.stdout.readline() == b"half done\n"
-        written = sorted(partial.rglob("*"))
-        assert run("convert", source, target) == 2
-        assert f"{partial}: another run is writing there" in capsys.readouterr().err
-        assert sorted(partial.rglob("*")) == written
-        child.send_signal(end)
-    assert not target.exists()
-    assert partial.exists() == (end is signal.SIGKILL)
-    assert run("convert", source, target) == 0
-    assert not partial.exists()
-    assert run("verify", hf, target) == 0
-
-
-def test_stale_partial_directory_is_started_over(tmp_path: Path) -> None:
-    stale = tmp_path / ".orbax.partial"
-    shutil.copytree(write_hf(tmp_path / "hf"), stale)
-    (stale / "params").write_text("not even a directory")
-    assert run("convert", tmp_path / "hf", tmp_path / "orbax") == 0
-    assert sorted(os.listdir(tmp_path)) == ["hf", "orbax"]
-    assert sorted(os.listdir(tmp_path / "orbax")) == sorted(["config.json", "params", *COMPANIONS])
+    source = write_hf(tmp_path / "hf")
+    (source / "generation_config.json").unlink()
+    if settings is not None:
+        (source / "generation_config.json").write_text(settings)
+    if orbax:
+        assert run("convert", source, tmp_path / "orbax") == 0
+    model, _ = nemojax.load(tmp_path / "orbax" if orbax else source)
+    assert model.config == SMALL.replace(eos_token_id=expected)
 
 
 # ------------------------------------------------------------------------------------------------------- verify
@@ -366,6 +278,11 @@ def test_verify_sees_the_config(tmp_path: Path, capsys: pytest.CaptureFixture) -
     write_hf(tmp_path / "a"), write_hf(tmp_path / "b", SMALL.replace(routed_scaling_factor=2.5))
     assert run("verify", tmp_path / "a", tmp_path / "b") == 1
     assert capsys.readouterr().out.splitlines()[0] == "config differs: routed_scaling_factor: 1.0 != 2.5"
+
+
+def test_verify_refuses_a_wrong_number_of_tokens(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert run("verify", tmp_path, tmp_path, "--logits", "--tokens", 0) == 2
+    assert "--tokens must be at least 1, got 0" in capsys.readouterr().err
 
 
 def test_verify_refuses_another_model(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -72,6 +72,22 @@ def test_a_rolling_text_is_the_sum_of_its_windows(lm):
     assert total == pytest.approx(sum(s.log_prob for s in scores), abs=1e-3)
 
 
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(temperature=-1.0), "temperature must be 0 or a positive number, got -1.0"),
+        (dict(temperature=1.0, top_p=0.0), "top_p must be above 0 and at most 1, got 0.0"),
+        (dict(temperature="abc"), "settings of generation .*: could not convert string to float: 'abc'"),
+    ],
+    ids=["temperature", "top-p", "text"],
+)
+def test_wrong_settings_of_generation_are_named(lm, settings, message):
+    with pytest.raises(InputError, match=message):
+        lm.generate_until(
+            ask("generate_until", ("a", {"do_sample": True, "max_gen_toks": 4, **settings})), disable_tqdm=True
+        )
+
+
 def test_generation_stops_at_the_text_and_leaves_it_out(lm):
     limit = {"max_gen_toks": 12}
     free, empty = lm.generate_until(ask("generate_until", ("def f", limit), ("", limit)), disable_tqdm=True)

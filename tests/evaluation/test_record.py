@@ -59,5 +59,6 @@ def test_keys_and_fingerprints_tell_apart(tmp_path):
     (tmp_path / "weights").write_bytes(bytes(300_000))
     before = fingerprint(tmp_path)
     assert before == fingerprint(tmp_path)
-    (tmp_path / "weights").write_bytes(bytes(299_999) + b"\1")
-    assert fingerprint(tmp_path) != before
+    for at in (0, 150_000, 299_999):
+        (tmp_path / "weights").write_bytes(bytes(at) + b"\1" + bytes(299_999 - at))
+        assert fingerprint(tmp_path) != before

@@ -59,7 +59,12 @@ def test_shipped_tasks_are_whole_and_small():
         (["--tasks", "python_text", "--resume"], "--resume needs --output"),
         (["--tasks", "python_text", "--batch-size", "0"], "--batch-size must be at least 1, got 0"),
         (["--tasks", "python_text", "--limit", "-1"], "--limit must be positive"),
+        (["--tasks", "python_text", "--limit", "nan"], "--limit must be positive"),
         (["--tasks", "python_text", "--process", "1"], "go together"),
+        (
+            ["--tasks", "python_text", *["--coordinator", "here", "--processes", "1", "--process", "0"]],
+            "must be HOST:PORT, got here",
+        ),
     ],
 )
 def test_wrong_arguments_are_one_line(tmp_path, capsys, arguments, message):

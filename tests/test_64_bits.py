@@ -1,0 +1,49 @@
+"""JAX's 64-bit mode, which research scripts switch on for their own sake, changes nothing here."""
+
+import jax
+import numpy as np
+import pytest
+from layouts import DOCUMENTS
+from tiny import perturbed_params, tiny_config
+
+from nemojax import Nemotron, generate, init_cache
+
+CONFIG = tiny_config("M*E", mtp_pattern="*")
+LONG = np.tile(DOCUMENTS[:1], (1, 60))[:, :300]
+
+
+def everything(params):
+    """Short and long calls, packed documents, a cache, multi-token prediction, gradients, generation."""
+    model = Nemotron(CONFIG)
+    apply = lambda *arguments, **options: model.apply({"params": params}, *arguments, **options)
+    packed = np.repeat([[1, 2]], 150, axis=1)
+    cache = apply(DOCUMENTS[:, :5], cache=init_cache(CONFIG, len(DOCUMENTS), 8)).cache
+    loss = lambda params: model.apply({"params": params}, LONG, packed).logits.mean()
+    return (
+        apply(DOCUMENTS, mtp=True),
+        apply(LONG, packed),
+        apply(DOCUMENTS[:, 5:6], cache=cache),
+        jax.grad(loss)(params),
+        generate(model, params, DOCUMENTS[:, :4], max_new_tokens=3, temperature=0.8, top_k=9, state_dtype="float16"),
+    )
+
+
+def test_64_bit_mode_changes_nothing():
+    expected = jax.jit(everything)(perturbed_params(CONFIG))
+    with jax.enable_x64(True):
+        found = jax.jit(everything)(perturbed_params(CONFIG))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * np.abs(b).max())
+
+
+@pytest.mark.parametrize("kind", "M*E")
+def test_kernels_are_compiled_in_it(kind):
+    pytest.importorskip("jax_cuda13_plugin")
+    from experiments.h100_compiler import compile_for_h100
+    from experiments.h100_programs import layer
+    from nemojax.presets import preset
+
+    program = layer(preset("nano-30b-a3b"), kind, 256)
+    with jax.enable_x64(True):
+        assert compile_for_h100(program.function, *program.arguments, donate=program.donate).kernels
