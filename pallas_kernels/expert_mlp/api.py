@@ -11,9 +11,14 @@ from pallas_kernels.norm import Norm
 
 IMPLEMENTATIONS = {"xla": xla.expert_mlp, "mosaic_gpu": mosaic_gpu.expert_mlp, "reference": reference.expert_mlp}
 TOKEN_IMPLEMENTATIONS = {"xla": xla.token_mlp, "mosaic_gpu": mosaic_tokens.token_mlp, "reference": reference.token_mlp}
-
+GATHER_IMPLEMENTATIONS = {
+    "xla": mosaic_gather.plain,
+    "mosaic_gpu": mosaic_gather.gather,
+    "reference": mosaic_gather.plain,
+}
 
 _best = with_rules((mosaic_gpu.expert_mlp, mosaic_gpu.backward), (xla.expert_mlp, xla.backward))
+_best_gather = by_platform(mosaic_gather.gather, mosaic_gather.plain)
 _best_for_tokens = by_platform(mosaic_tokens.token_mlp, xla.token_mlp, xla.gathered)
 
 
@@ -37,10 +42,8 @@ def gather_rows(
     Raises:
       ValueError: a named implementation that does not exist, or cannot run on such arrays.
     """
-    plain, kernel = mosaic_gather.plain, mosaic_gather.gather
-    implementations = {"xla": plain, "mosaic_gpu": kernel, "reference": plain}
-    refusals, best = {"mosaic_gpu": mosaic_gather.supports(x, index)}, by_platform(kernel, plain)
-    return choose("gather_rows", implementations, implementation, refusals, best)(x, index)
+    refusals = {"mosaic_gpu": mosaic_gather.supports(x, index)}
+    return choose("gather_rows", GATHER_IMPLEMENTATIONS, implementation, refusals, _best_gather)(x, index)
 
 
 def expert_mlp(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.norm import normalised
+from pallas_kernels.matvec.reference import normalised
 
 
 def _every_expert(x, up, down):

@@ -40,7 +40,8 @@ def flash_attention(
         longer sequence.
       documents: see `pallas_kernels.documents`. key_documents: the same of the keys; give both or neither.
       implementation: `"xla"`, `"mosaic_gpu"` (Hopper; bfloat16, P = 128), `"cudnn"` (neither `start` nor documents),
-        `"reference"`, or None: the kernels on Hopper, cuDNN on other NVIDIA GPUs where it can, `"xla"` elsewhere.
+        `"reference"`, or None: the kernels on Hopper where they can, else cuDNN on NVIDIA GPUs where it can, else
+        `"xla"`.
 
     Returns:
       The output in q's dtype (zero where nothing is visible) and the log-sum-exp of the scores, float32 (-inf there).

@@ -1,4 +1,4 @@
-"""Attention of NVIDIA's cuDNN, through JAX: for GPUs before Hopper, and to measure against."""
+"""Attention of NVIDIA's cuDNN, through JAX: for where the Hopper kernels do not run, and to measure against."""
 
 from __future__ import annotations
 

@@ -89,7 +89,8 @@ def _step(projected, conv_state, ssm_state, conv_weight, conv_bias, A_log, D, dt
         document, number = documents[b], place[b]
         continues = document == initial[b]
 
-        x, keys[...] = (_convolved(*those, continues, projected.dtype) for those in (of_x, of_keys))
+        x = _convolved(*of_x, continues, projected.dtype)
+        keys[...] = _convolved(*of_keys, continues, projected.dtype)
         plgpu.commit_smem()
         B, C = (down(read(keys.at[pl.ds(i * size, size)], _EACH_COLUMN), block, _LAYOUT) for i in range(2))
         each = lambda scalar: plgpu.layout_cast(jnp.full((block,), scalar.astype(jnp.float32)), _EACH_ROW)

@@ -68,5 +68,5 @@ def by_columns(steps: int, width: int) -> Blocks:
 
 def _with_stages(columns, depth, parts, resident=None):
     stage = 2 * depth * (columns + (MATRIX_ROWS if resident is None else 0))
-    taken = RESERVED + 4 * MATRIX_ROWS * columns + (resident or 0)
+    taken = RESERVED + 4 * MATRIX_ROWS * columns + (resident or 0)  # a result of float32, the largest
     return Blocks(columns, depth, min(16, (SHARED_MEMORY - taken) // stage), parts)

@@ -30,7 +30,7 @@ def ssd(
     documents: Int[Array, "B T"] | None = None,
     initial_document: Int[Array, "B"] | None = None,
     finite_pads: bool = False,
-    chunk_size: int = 128,
+    chunk_size: int = 64,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B T G H P"], Float[Array, "B G H P N"]]:
     """The selective state-space recurrence of Mamba-2 (arXiv 2405.21060, section 6).

@@ -46,7 +46,7 @@ def supports(x: Any, B: Any, C: Any) -> str | None:
     state = B.shape[-1]
     if any(a.dtype != jnp.bfloat16 for a in (x, B, C)):
         return f"x, B and C must be bfloat16, got {x.dtype}, {B.dtype} and {C.dtype}"
-    if state % ROWS or state > 256:
+    if not 0 < state <= 256 or state % ROWS:
         return f"the state size must be 64, 128, 192 or 256, got {state}"
     if x.size == 0:
         return "there are no tokens"

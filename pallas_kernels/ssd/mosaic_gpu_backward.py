@@ -252,7 +252,7 @@ def _indices():
     return parts.across(places(PER_ROW)), parts.down(places(PER_COLUMN))
 
 
-def _keep(scores, distance, ref):
+def _store_scores(scores, distance, ref):
     """Leaves C_l . B_s of all pairs in shared memory: from token s to l at `distance` > 0, else 0, -0 if l < s.
 
     In registers they, and the places that tell whether l < s, would displace the rest of a unit.
@@ -261,8 +261,8 @@ def _keep(scores, distance, ref):
     plgpu.commit_smem()
 
 
-def _kept(ref):
-    """What `_keep` left, and whether l >= s."""
+def _load_scores(ref):
+    """What `_store_scores` left, and whether l >= s."""
     scores = read(ref, WGMMA)
     return scores, lax.bitcast_convert_type(scores, jnp.int32) != jnp.iinfo(jnp.int32).min
 
@@ -285,7 +285,7 @@ def _from_outputs(place, inputs, outputs, s):
         _load(place, jnp.int32(unit), inputs, s)
     slabs, (row, column) = parts.slabs_of(s.C.shape[-1]), _indices()
     plgpu.barrier_wait(s.shared_loaded)
-    _keep(_all_pairs(s.C, s.B), row - column, s.scores.at[0])
+    _store_scores(_all_pairs(s.C, s.B), row - column, s.scores.at[0])
 
     def visit(unit, dC):
         slot, (head, block) = lax.rem(unit, place.slots), place.head(unit)
@@ -317,7 +317,7 @@ def _add_to_dC(dC, slot, slabs, s):
     arrived, E, new = 0.0, [], []
     for part in _COLUMN_PARTS:
         columns = parts.load_vectors(s.vectors.at[slot, :, part], PER_COLUMN)
-        scores, is_link = _kept(s.scores.at[0, :, part])
+        scores, is_link = _load_scores(s.scores.at[0, :, part])
         decays = jnp.where(is_link, _decays(rows, columns), 0.0)
         some = products[:, part.start : part.start + part.size] * decays * parts.down(columns[parts.STEP])
         arrived += (scores * some).sum(axis=1)
@@ -350,7 +350,7 @@ def _from_inputs(place, skip, outputs, s):
     plgpu.barrier_wait(s.shared_loaded)
     scores = _all_pairs(s.B, s.C)
     own_score = jnp.where(row == column, scores, 0.0).sum(axis=1)
-    _keep(scores, column - row, s.scores.at[1])
+    _store_scores(scores, column - row, s.scores.at[1])
 
     def visit(unit, dB):
         slot, (head, block) = lax.rem(unit, place.slots), place.head(unit)
@@ -381,7 +381,7 @@ def _transposed(rows, slot, s):
     products, linked, E, links = _all_pairs(s.x.at[slot], s.dy.at[slot]), 0.0, [], []
     for part in _COLUMN_PARTS:
         columns = parts.load_vectors(s.vectors.at[slot, :, part], PER_COLUMN)
-        scores, is_link = _kept(s.scores.at[1, :, part])
+        scores, is_link = _load_scores(s.scores.at[1, :, part])
         decays, some = _decays(negative(rows), negative(columns)), products[:, part.start : part.start + part.size]
         weights = scores * decays
         linked += (weights * some).sum(axis=1)

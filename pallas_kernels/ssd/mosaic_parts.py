@@ -147,7 +147,8 @@ def down(vector, rows=CHUNK):
 def product(shape, *operands, initial=None, spare=None):
     """The sum of `a @ b` over the pairs, float32, and of `initial`.
 
-    spare: see `multiply`. The interpreter's accumulators begin with zero, so with `initial` every `a` is in registers.
+    spare: see `multiply`; with `initial`, every `a` must be in registers. (The interpreter's accumulators begin with
+      zero.)
     """
 
     def accumulate(acc):

@@ -8,11 +8,13 @@ from pallas_kernels import hopper
 from pallas_kernels.hopper import MATRIX_ROWS
 from pallas_kernels.tuned import tuned
 
-CHUNK = 64  # tokens: the fewest products a token (the state costs 2 P N whatever the chunk, the links 2 (N + P) chunk)
+# Tokens: the fewest operations a token. The state costs 4 P N whatever the chunk, the links 2 (N + P) chunk.
+CHUNK = 64
 ROWS = MATRIX_ROWS  # of a state that one warpgroup holds
 # Registers a thread of the warpgroups that link, one or two, and of the two that hold states.
 REGISTERS = {1: (152, 176), 2: (80, 176)}  # 152 + 2 * 176 = 3 * 168, 2 * 80 + 2 * 176 = 4 * 128
-GRADIENT_SLOTS = 3  # units in flight in the gradient of a chunk; at least 2: a slot is filled again a unit late
+# Most units in flight in the gradient of a chunk; of several at least 2, for a slot is filled again a unit late.
+GRADIENT_SLOTS = 3
 GRADIENT_STATE = 128  # columns of a state whose gradient the registers hold; larger states go slice by slice
 _FEWEST_CHUNKS = 3  # of states over 128
 _SHORTEST_PIECE = 4  # chunks; a piece costs the reading and writing of a state, as much as 2 to 3 chunks of inputs
