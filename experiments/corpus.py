@@ -113,11 +113,15 @@ def split(documents: Sequence[Document]) -> Corpus:
     """
     number = {d.name: int(hashlib.sha256(d.name.encode()).hexdigest(), 16) for d in documents}
     chosen = {name for name, value in number.items() if value % HELD_OUT_SHARE == 0}
-    chosen = chosen or {min(number, key=number.get, default="")}
+    if not 0 < len(chosen) < len(number):
+        chosen = {min(number, key=number.get, default="")}
     train = [d for d in documents if d.name not in chosen]
     held_out = [d for d in documents if d.name in chosen]
     if not train or not held_out:
-        raise InputError(f"{len(documents)} documents are too few to hold one out; give at least two that differ")
+        raise InputError(
+            f"{len(documents)} documents are too few to hold one out; give at least two that differ (what has less "
+            f"than {_SMALLEST} bytes or is mostly copied is left out)"
+        )
     hashes = [{hashlib.sha256(d.text.encode()).hexdigest() for d in part} for part in (train, held_out)]
     if hashes[0] & hashes[1]:
         raise InputError(

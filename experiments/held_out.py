@@ -80,14 +80,16 @@ def figures(
 
     Args:
       result: of `measure` on the held-out texts.
-      tokenizer: the model's. train: what the 5-gram model is fitted to.
+      tokenizer: the model's. train: what the n-gram model is fitted to, a 5-gram one where so many ids allow it.
     """
-    fitted = ngram.fit([d[1:] for d in corpus.encode(tokenizer, train)], tokenizer.get_vocab_size(), order=ORDER)
+    ids = tokenizer.get_vocab_size()
+    order = next(n for n in range(ORDER, 0, -1) if ngram.fits(ids, n))
+    fitted = ngram.fit([d[1:] for d in corpus.encode(tokenizer, train)], ids, order=order)
     counted = -sum(float(fitted.log_probs(d[1:]).sum()) for d in corpus.encode(tokenizer, held_out))
     packed = len(lzma.compress("".join(d.text for d in held_out).encode(), preset=9))
     bits = {
         "model": result.nats / math.log(2),
-        f"interpolated {ORDER}-gram": counted / math.log(2),
+        f"interpolated {order}-gram": counted / math.log(2),
         "xz -9": 8 * packed,
     }
     return {name: total / corpus.size(held_out) for name, total in bits.items()}
@@ -101,6 +103,8 @@ def unseen(paths: Sequence[Path], train: Sequence[Document]) -> list[Document]:
     """
     known = {hashlib.sha256(d.text.encode()).digest(): d.name for d in train}
     documents = corpus.read_files(paths)
+    if not corpus.size(documents):
+        raise InputError(f"{', '.join(map(str, paths))}: no text in it")
     for document in documents:
         if name := known.get(hashlib.sha256(document.text.encode()).digest()):
             raise InputError(f"{document.name}: the training part has the same text ({name})")

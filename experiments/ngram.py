@@ -78,6 +78,11 @@ class NGram:
         return np.log(probs)
 
 
+def fits(vocab_size: int, order: int) -> bool:
+    """Whether an n-gram of so many ids is a number of 63 bits."""
+    return (vocab_size**order).bit_length() <= 63
+
+
 def fit(documents: Sequence[Integer[np.ndarray, "_"]], vocab_size: int, *, order: int = 5, start: int = 1) -> NGram:
     """Counts the n-grams of `documents`; no n-gram reaches from one document into another.
 
@@ -95,7 +100,7 @@ def fit(documents: Sequence[Integer[np.ndarray, "_"]], vocab_size: int, *, order
     """
     if order < 1:
         raise ValueError(f"order {order}: at least 1")
-    if (vocab_size**order).bit_length() > 63:
+    if not fits(vocab_size, order):
         raise ValueError(f"vocab_size {vocab_size} to the power of order {order} does not fit in 63 bits")
     if not 0 <= start < vocab_size:
         raise ValueError(f"start {start} is outside the vocabulary of {vocab_size}")

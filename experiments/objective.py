@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
 from experiments.packing import Batch
@@ -19,6 +20,7 @@ from nemojax import forward
 from nemojax.config import Config
 from nemojax.layers.moe import Routing
 from nemojax.specs import layer_name
+from pallas_kernels.tiles import pad_to
 
 # Logits of so many tokens exist at a time: all of them would be the largest array of a training step by far.
 _HEAD_TOKENS = 1024
@@ -104,8 +106,9 @@ def evaluate(
 
 def _cross_entropy(params, hidden, ids, mask, config) -> Array:
     """Sum of -log p(id) over the mask."""
-    size = next(s for s in range(min(_HEAD_TOKENS, ids.size), 0, -1) if ids.size % s == 0)
-    cut = lambda a: a.reshape(-1, size, *a.shape[2:])
+    pieces = -(-ids.size // _HEAD_TOKENS)
+    flat = lambda a: rearrange(a, "b t ... -> (b t) ...")
+    cut = lambda a: rearrange(pad_to(flat(a), 0, pieces), "(n s) ... -> n s ...", n=pieces)  # pads are not in the mask
     table = params["embed" if config.tie_word_embeddings else "lm_head"]
     return _nats(cut(hidden), table, cut(ids), cut(mask))
 

@@ -18,7 +18,8 @@ def active_params(config: Config) -> int:
     """Parameters that one token uses: `num_experts_per_tok` experts, the head, one row of the embedding."""
     total = 0
     for name, spec in flatten(model_specs(config)):
-        if name == "embed" or name.startswith("mtp/"):
+        is_row = name == "embed" and not config.tie_word_embeddings
+        if is_row or name.startswith("mtp/"):
             continue
         share = config.num_experts_per_tok / config.n_routed_experts if "experts_" in name else 1
         total += int(spec.size * share)

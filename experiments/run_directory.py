@@ -91,9 +91,15 @@ def prepare(run: Path, description: dict[str, Any]) -> None:
     """
     path = run / SETTINGS
     description = json.loads(json.dumps(description))  # as it comes back from the file
-    run.mkdir(parents=True, exist_ok=True)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{run}: cannot be made ({error.strerror}); choose another directory") from None
     if path.exists():
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(f"{path}: cannot be read as JSON ({error}); choose another directory") from None
         different = sorted(k for k in stored.keys() | description.keys() if stored.get(k) != description.get(k))
         if different:
             was = "; ".join(f"{k} {stored.get(k)!r}, now {description.get(k)!r}" for k in different)

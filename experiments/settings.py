@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,8 @@ class Settings:
         for field in dataclasses.fields(self):
             value, wanted = getattr(self, field.name), type(field.default)
             fits = isinstance(value, (int, float)) if wanted is float else isinstance(value, wanted)
+            if wanted is float and fits and not 0 <= value < math.inf:
+                raise InputError(f"settings: {field.name} must be at least 0 and finite, got {value}")
             if field.name != "model" and (not fits or isinstance(value, bool) != (wanted is bool)):
                 raise InputError(f"settings: {field.name} must be {_EXAMPLE[wanted]}, got {value!r}")
         if self.compute_dtype not in ("float32", "bfloat16"):
@@ -69,6 +72,12 @@ class Settings:
         for name in ("tokens_per_row", "rows_per_step", "accumulate", "steps", "save_every", "keep", "evaluate_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"settings: {name} must be at least 1, got {getattr(self, name)}; raise it")
+        if self.tokens_per_row < 2:
+            raise InputError("settings: tokens_per_row must be at least 2, got 1; a token needs another to predict")
+        if not all(isinstance(target, str) for target in self.lora):
+            raise InputError(f"settings: lora must be a list of regular expressions, got {list(self.lora)!r}")
+        if not isinstance(self.model, dict | None):
+            raise InputError(f"settings: model must be an object of the configuration's fields, got {self.model!r}")
         if self.rows_per_step % self.accumulate:
             raise InputError(
                 f"settings: rows_per_step {self.rows_per_step} is not divisible by {self.accumulate} parts"

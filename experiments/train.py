@@ -114,6 +114,9 @@ def train(
     if init is not None:
         model, base = nemojax.load(init, dtype="float32")
         config, tokenizer = model.config, load_tokenizer(init)
+        other = [n for n in chosen.model or () if n != "dtype" and getattr(chosen.config, n) != getattr(config, n)]
+        if other:
+            raise InputError(f"settings: model has another {', '.join(other)} than {init}; leave it out, or --init")
     data = read_data(text, tokenizer, config.vocab_size)
     state = initial_state(config, chosen, base)
     seed = [int(word) for word in np.asarray(state.key)]
@@ -193,7 +196,9 @@ def _loop(run, state, base, stream, data, config, chosen, checkpoints, show_prog
             state = after
             record["tokens_per_second"] = round(batch.tokens.size / (time.perf_counter() - start), 1)
             if (index + 1) % chosen.evaluate_every == 0 or index + 1 == chosen.steps:
-                record["held_out_bits_per_byte"] = float(look(state.trained, base, held_out))
+                record["held_out_bits_per_byte"] = seen = float(look(state.trained, base, held_out))
+                if not math.isfinite(seen):
+                    raise NotFinite(f"step {index + 1}: after its update the held-out loss is {seen}")
             write(record)
             bar.set_postfix_str(f"loss {record['loss']:.3f}, {record['bits_per_byte']:.3f} bits/byte", refresh=False)
             bar.update()

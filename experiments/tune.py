@@ -23,6 +23,7 @@ import jax
 import nemojax
 from experiments.gpu_suite import cases
 from experiments.gpu_suite.cases import Case
+from experiments.gpu_suite.operations import Turns, peaks_of_card
 from experiments.gpu_suite.timing import Program, device_seconds, in_turn
 from nemojax.config import Config
 from pallas_kernels.persistent import DEPTH
@@ -31,7 +32,6 @@ from pallas_kernels.tuned import PATH, Table, using
 
 MODELS = {"nano": "nano-30b-a3b", "super": "super-120b-a12b", "ultra": "ultra-550b-a55b"}
 GAIN = 0.02
-SETS = 2  # of inputs; each is larger than the L2
 
 
 class Choice(NamedTuple):
@@ -131,17 +131,17 @@ def best(choice: Choice, seconds: Sequence[float | None]) -> Table:
     return choice.candidates[min(found)[1]]
 
 
-def _lowered(choice: Choice, table: Table, pool: ThreadPoolExecutor) -> Iterator[Future]:
+def _lowered(choice: Choice, turns: Turns, table: Table, pool: ThreadPoolExecutor) -> Iterator[Future]:
     """The programs of the rule and of each candidate, compiled in the pool."""
-    inputs = [jax.eval_shape(choice.case.arrays, jax.random.key(0))] * SETS
+    inputs = [jax.eval_shape(choice.case.arrays, jax.random.key(0))] * turns.calls
     for more in ({}, *choice.candidates):
         with using(merged(table, more)):
             lowered = jax.jit(in_turn(choice.case.call("mosaic_gpu"))).lower(inputs)
         yield pool.submit(lowered.compile)
 
 
-def _seconds(programs: Sequence[Future], choice: Choice) -> list[float | None]:
-    sets = [choice.case.arrays(jax.random.key(2))] * SETS
+def _seconds(programs: Sequence[Future], choice: Choice, turns: Turns) -> list[float | None]:
+    sets = turns.inputs(choice.case)
     seconds = []
     for program, table in zip(programs, ({}, *choice.candidates), strict=True):
         try:
@@ -174,10 +174,11 @@ def main(argv: list[str] | None = None) -> int:
     choices = [c for name in operations for config in configs for c in OPERATIONS[name](config, args.tokens)]
     for choice in choices:
         table = without(table, choice)
+    turns = [Turns.of(choice.case, peaks_of_card()) for choice in choices]
     with ThreadPoolExecutor() as pool:
-        programs = [list(_lowered(choice, table, pool)) for choice in choices]
-    for choice, candidates in zip(choices, programs, strict=True):
-        table = merged(table, best(choice, _seconds(candidates, choice)))
+        programs = [list(_lowered(*each, table, pool)) for each in zip(choices, turns, strict=True)]
+    for choice, own, candidates in zip(choices, turns, programs, strict=True):
+        table = merged(table, best(choice, _seconds(candidates, choice, own)))
         partial = args.table.with_name(args.table.name + ".partial")
         partial.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
         partial.replace(args.table)

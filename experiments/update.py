@@ -149,5 +149,7 @@ def first_non_finite(params: PyTree, batch: Batch, metrics: Metrics, config: Con
     if not bool(jnp.isfinite(metrics.sums.mtp_nats)):
         return "mtp (the multi-token prediction block; everything before it is finite)"
     bad = [path for path, is_bad in flatten(metrics.bad_gradient) if bool(is_bad)]
+    if not bad:
+        return "the gradient's norm, which overflows (every leaf is finite)"
     layers = [path for path in bad if path.startswith("layers_")]
     return f"{(layers or bad)[-1]} (in the backward pass; {len(bad)} leaves in all)"

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import os
 import subprocess
@@ -45,8 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     from experiments.gpu_suite import report
 
-    args.output.mkdir(parents=True, exist_ok=True)
-    name = "-".join([about["date"], about["card"].replace(" ", "_"), about["commit"]])
+    name = _free(args.output, "-".join([about["date"], about["card"].replace(" ", "_"), about["commit"]]))
     rows, end = [], time.monotonic() + 60 * args.minutes
     left = sum(SECTIONS[section] for section in args.sections)
     for section in args.sections:
@@ -71,7 +71,17 @@ def _arguments(argv):
     args.sections = args.sections.split(",")
     if unknown := set(args.sections) - set(SECTIONS):
         parser.error(f"unknown section {', '.join(sorted(unknown))}; known: {', '.join(SECTIONS)}")
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--output {args.output}: {error.strerror}")
     return args
+
+
+def _free(folder: Path, name: str) -> str:
+    """The name, with a number if there are results of that name: no run overwrites another."""
+    names = (name if number == 1 else f"{name}-{number}" for number in itertools.count(1))
+    return next(name for name in names if not (folder / f"{name}.json").exists())
 
 
 def _about(tiny: bool) -> dict[str, str] | None:
@@ -82,14 +92,21 @@ def _about(tiny: bool) -> dict[str, str] | None:
     version, platform, card = done.stdout.strip().splitlines()[-1].split("|")
     if not tiny and "NVIDIA" not in card:
         return None
-    commit = subprocess.run(["git", "rev-parse", "--short=10", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     return {
         "card": card,
         "date": datetime.date.today().isoformat(),
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": _commit() or "unknown",
         "jax": version,
         "platform": platform,
     }
+
+
+def _commit() -> str:
+    try:
+        asked = ["git", "rev-parse", "--short=10", "HEAD"]
+        return subprocess.run(asked, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:  # no git on this machine
+        return ""
 
 
 def _environment(tiny: bool, section: str | None = None) -> dict[str, str]:

@@ -7,16 +7,11 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import jax
-
 import nemojax
 from experiments.gpu_suite import cases, operations, peers, whole
-from experiments.gpu_suite.cases import Case, Work
+from experiments.gpu_suite.cases import Case
 from nemojax.config import Config
-from nemojax.gpu_targets import GPUS
 
-# Dense bfloat16 operations a second (NVIDIA's data sheet of the H100 and H200 SXM).
-PEAK_FLOPS = 989.4e12
 # Nano, and what brings other shapes: latent experts, head dim 80.
 PRESETS = {"nano": "nano-30b-a3b", "super": "super-120b-a12b", "ultra": "ultra-550b-a55b", "wide": "nano-4b"}
 TINY = Config(
@@ -44,9 +39,7 @@ def rows(section: str, tiny: bool) -> Iterator[dict[str, Any]]:
     else:
         models = {name: nemojax.preset(preset) for name, preset in PRESETS.items()}
         tokens, context, batches = 8192, 131_072, (1, 128)
-    kind = jax.devices()[0].device_kind
-    card = next((gpu for gpu in GPUS.values() if gpu.kind == kind), GPUS["h100"])
-    peaks = Work(card.bandwidth, PEAK_FLOPS)
+    peaks = operations.peaks_of_card()
     if section == "torch":
         yield from peers.rows(models["nano"], tokens)
         return

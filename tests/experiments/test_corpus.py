@@ -46,6 +46,11 @@ def test_of_few_documents_one_is_held_out(count):
     assert len(few.held_out) == 1 and len(few.train) == count - 1
 
 
+def test_of_documents_whose_hashes_all_hold_them_out_one_is():
+    held_out = corpus.split(texts(200)).held_out[:2]
+    assert len(corpus.split(held_out).held_out) == 1
+
+
 def test_one_document_cannot_be_split():
     with pytest.raises(InputError, match="1 documents are too few"):
         corpus.split(texts(1))

@@ -20,7 +20,7 @@ from nemojax.gpu_targets import GPUS
 
 ROOT = Path(__file__).parents[2]
 NANO = nemojax.preset("nano-30b-a3b")
-H100 = Work(GPUS["h100"].bandwidth, sections.PEAK_FLOPS)
+H100 = Work(GPUS["h100"].bandwidth, operations.PEAK_FLOPS)
 ANY = Work(1e12, 1e15)
 
 
@@ -64,6 +64,11 @@ def test_floors_of_operations(case, microseconds):
 )
 def test_floor_of_decoding(batch, context, gigabytes):
     assert rooflines.decode_bytes(NANO, context, batch) / 1e9 == pytest.approx(gigabytes, rel=2e-3)
+
+
+def test_a_head_that_is_the_embedding_is_read_too():
+    tied, own = (rooflines.active_params(NANO.replace(tie_word_embeddings=tied)) for tied in (True, False))
+    assert tied == own
 
 
 # ------------------------------------------------------------------------------------------------------ timer
@@ -145,6 +150,28 @@ def test_a_kernel_that_does_not_compile_is_said_and_the_rest_goes_on(pool):
     assert by_name["xla"]["seconds"] > 0
 
 
+def test_a_reference_that_does_not_run_is_said_too(pool):
+    def run(implementation, x):
+        raise MemoryError("too large")
+
+    broken = case(None)._replace(run=run)
+    (row,) = operations.check(broken, pool)
+    assert (row["implementation"], row["failed"]) == ("float32", "MemoryError: too large")
+    (row,) = operations.speed(broken._replace(arrays=_once(broken.arrays)), ANY, pool)
+    assert (row["implementation"], row["failed"]) == ("inputs", "MemoryError: no room")
+
+
+def _once(arrays):
+    """Shapes, but no values."""
+
+    def make(key):
+        if not isinstance(key, jax.core.Tracer):
+            raise MemoryError("no room")
+        return arrays(key)
+
+    return make
+
+
 def test_a_section_that_takes_too_long_is_stopped():
     (*_, row) = suite._in_process("experts", True, 1.0)
     assert row["case"] == "experts" and row["failed"].startswith("stopped after 1 s")
@@ -155,6 +182,20 @@ def test_exit_status(row, status, tmp_path, monkeypatch):
     monkeypatch.setattr(suite, "_in_process", lambda *a: [{"kind": "check", "case": "c", "implementation": "i"} | row])
     assert suite.main(["--tiny", "--sections", "ssd", "--output", str(tmp_path)]) == status
     assert len(list(tmp_path.iterdir())) == 2
+    assert suite.main(["--tiny", "--sections", "token", "--output", str(tmp_path)]) == status
+    assert len(list(tmp_path.iterdir())) == 4  # the first results are still there
+
+
+def test_without_git(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert suite._commit() == ""
+
+
+def test_an_output_that_is_a_file(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit):
+        suite.main(["--tiny", "--output", str(tmp_path / "file")])
+    assert "--output" in capsys.readouterr().err
 
 
 def test_without_a_gpu():

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from experiments import ngram
 from experiments.ngram import NGram, fit
 
 VOCAB = 9
@@ -179,6 +180,11 @@ def test_largest_vocabulary_that_fits_keeps_n_grams_apart():
     """4096^5 is 60 bits; two n-grams that took one number would share a count."""
     documents = [np.choose(document, [4095, 1, 4094, 2048, 0, 2047, 4093, 7]) for document in CORPUS]
     assert_equals_the_formula(documents, documents, 4096, order=5)
+
+
+@pytest.mark.parametrize("vocab, order", [(4096, 5), (131_072, 3), (2**62, 1)])
+def test_longest_order_that_fits(vocab, order):
+    assert ngram.fits(vocab, order) and not ngram.fits(vocab, order + 1)
 
 
 def test_empty_document_gives_an_empty_array():

@@ -119,6 +119,19 @@ def test_gradient_of_the_head_is_that_of_the_plain_formula():
     jax.tree.map(lambda a, e: assert_close(a, e, 1e-6), actual, jax.value_and_grad(plain, (0, 1))(hidden, table))
 
 
+def test_any_number_of_tokens_is_cut_into_pieces_of_one_size():
+    """Pads that make them equal count for nothing."""
+    rng, config = np.random.default_rng(0), tiny_config("-")
+    hidden = jnp.asarray(rng.standard_normal((1, 1031, config.hidden_size)), jnp.float32)
+    ids, mask = jnp.asarray(rng.integers(0, config.vocab_size, (1, 1031))), jnp.ones((1, 1031), bool)
+    params = perturbed_params(config)
+    logits = hidden @ params["lm_head"].T
+    expected = optax.softmax_cross_entropy_with_integer_labels(logits, ids).sum()
+    assert_close(objective._cross_entropy(params, hidden, ids, mask, config), expected, 1e-5)
+    shapes = str(jax.make_jaxpr(lambda h: objective._cross_entropy(params, h, ids, mask, config))(hidden))
+    assert f"f32[2,516,{config.hidden_size}]" in shapes
+
+
 def test_balance_loss_is_one_a_layer_when_balanced_and_more_when_not():
     """Scores of all experts equal: E sum_e (1/E) (1/E) = 1 a row and layer, whatever is chosen."""
     params = perturbed_params(CONFIG)

@@ -215,6 +215,12 @@ REFUSED = {
     "adapters on nothing": (["--set", 'lora=["in_proj"]'], "lora adapts a trained model; give --init"),
     "no steps": (["--set", "steps=0"], "steps must be at least 1, got 0"),
     "schedule too long": (["--set", "decay_steps=11"], "warmup_steps 2 and decay_steps 11 do not fit into 12 steps"),
+    "rate": (["--set", "learning_rate=-1"], "learning_rate must be at least 0 and finite, got -1"),
+    "rate that is none": (["--set", "learning_rate=NaN"], "learning_rate must be at least 0 and finite, got nan"),
+    "numbers in a list": (["--set", 'lora=["in_proj", 5]'], "lora must be a list of regular expressions, got"),
+    "no object": (["--set", "model=5"], "model must be an object of the configuration's fields, got 5"),
+    "one token": (["--set", "tokens_per_row=1"], "tokens_per_row must be at least 2, got 1"),
+    "two models": (["--init", "experiments/nemotron_tiny/model"], "settings: model has another pattern, "),
     "parts": (["--set", "accumulate=3"], "rows_per_step 2 is not divisible by 3 parts"),
     "missing settings": (["--settings", "nowhere.json"], "nowhere.json: cannot be read as JSON"),
     "missing checkpoint": (["--init", "nowhere"], "nowhere: does not exist"),
@@ -229,6 +235,30 @@ def test_wrong_input_is_one_line_and_exit_code_2(options, message, text, tmp_pat
     code = train.main([str(tmp_path / "run"), "--text", *map(str, text), *settings, "--no-progress", *options])
     error = capsys.readouterr().err
     assert code == 2 and error.startswith("error: ") and error.count("\n") == 1 and message in error, error
+
+
+@pytest.mark.parametrize("place, message", [("", "cannot be made"), ("settings.json", "cannot be read as JSON")])
+def test_a_directory_that_cannot_be_one(place, message, tmp_path):
+    (tmp_path / "run" / place).parent.mkdir(exist_ok=True)
+    (tmp_path / "run" / place).write_text("")
+    with pytest.raises(InputError, match=message):
+        run_directory.prepare(tmp_path / "run", {})
+
+
+@pytest.mark.parametrize(
+    "setting, message",
+    [("learning_rate=1e30", "after its update the held-out loss is"), ("mtp_scale=1e25", "gradient's norm, which")],
+    ids=["update", "norm"],
+)
+def test_what_breaks_behind_the_loss_stops_the_run_too(setting, message, text, tmp_path, capsys):
+    """An update that leaves numbers of no use, a norm that overflows where every gradient is finite."""
+    chosen = SHORT | {"model": MODEL, "steps": 1, "warmup_steps": 0, "decay_steps": 0}
+    settings = [f"--set={name}={json.dumps(value)}" for name, value in chosen.items()]
+    command = [str(tmp_path / "run"), "--text", *map(str, text), *settings, "--set", setting, "--no-progress"]
+    assert train.main(command) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("stopped: step 1: ") and error.count("\n") == 1 and message in error, error
+    assert not (tmp_path / "run" / run_directory.MODEL).exists()
 
 
 def test_a_refused_run_does_not_take_the_directory(text, tmp_path):
@@ -288,3 +318,6 @@ def test_a_file_of_the_training_part_is_refused(tmp_path):
     (tmp_path / "copy.py").write_text("x = 1\n" * 50)
     with pytest.raises(InputError, match=r"copy.py: the training part has the same text \(known.py\)"):
         held_out.unseen([tmp_path / "copy.py"], train_part)
+    (tmp_path / "empty.py").write_text("")
+    with pytest.raises(InputError, match="empty.py: no text in it"):
+        held_out.unseen([tmp_path / "empty.py"], train_part)

@@ -1,9 +1,14 @@
 """The table of block sizes, and what the script makes of measured times."""
 
+import json
+
+import jax
+import jax.numpy as jnp
 import pytest
 
 import nemojax
 from experiments import tune
+from experiments.gpu_suite.cases import Case, Work
 from pallas_kernels import tuned
 from pallas_kernels.expert_mlp import tuning as experts
 from pallas_kernels.flash_attention import tuning as attention
@@ -74,6 +79,21 @@ def test_only_the_shapes_that_were_timed_change():
     kept = tune.without(table, CHOICES["scan"])
     assert kept == {"ssd piece": {"7,7": [3]}, "flash_attention forward": {"1,1,1,1": [128, 2]}}
     assert tune.merged(kept, {"ssd piece": {"128,32": [32]}})["ssd piece"] == {"7,7": [3], "128,32": [32]}
+
+
+def test_a_table_is_written(tmp_path, monkeypatch, capsys):
+    """On a CPU, with an operation that any table suits."""
+    arrays = lambda key: (jax.random.normal(key, (64,)).astype(jnp.bfloat16),)
+    case = Case("double", arrays, 1, lambda _, x: (2 * x,), ("mosaic_gpu",), Work(256, 64))
+    choice = tune.Choice(case, ({"ssd piece": {"7,7": [3]}}, {"ssd piece": {"7,7": [4]}}))
+    monkeypatch.setattr(tune, "OPERATIONS", {"double": lambda config, tokens: [choice]})
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    (tmp_path / "table.json").write_text('{"ssd piece": {"7,7": [9], "8,8": [2]}}')
+    assert tune.main(["--operations", "double", "--table", str(tmp_path / "table.json")]) == 0
+    table = json.loads((tmp_path / "table.json").read_text())["ssd piece"]
+    assert table.pop("8,8") == [2] and table.get("7,7") in (None, [3], [4])
+    shown = capsys.readouterr().out.splitlines()
+    assert len(shown) == 3 and shown[0].startswith("double rule: ") and all(line.endswith(" us") for line in shown)
 
 
 def test_without_a_gpu(capsys):
