@@ -37,12 +37,11 @@ def check(case: Case, pool: Executor) -> Iterator[dict[str, Any]]:
         return arrays, jax.block_until_ready(exact.result().run(*inputs))
 
     def rows():
-        made = {}
-        row = {"kind": "check", "case": case.name, "implementation": "float32"}
-        if "failed" in (row := attempt(row, lambda: made.update(found=reference()) or {})):
-            yield row
+        try:
+            (arrays, wanted), limit = reference(), 2 * ROUNDING
+        except Exception as error:  # as in `attempt`
+            yield {"kind": "check", "case": case.name, "implementation": "float32", "failed": _reason(error)}
             return
-        (arrays, wanted), limit = made.pop("found"), 2 * ROUNDING
         for name in names:
             row = {"kind": "check", "case": case.name, "implementation": name}
             row = attempt(row, lambda name=name, limit=limit: _error(programs[name].result(), arrays, wanted, limit))
@@ -119,12 +118,11 @@ def speed(case: Case, peaks: Work, pool: Executor) -> Iterator[dict[str, Any]]:
     }
 
     def rows():
-        made = {}
-        row = {"kind": "speed", "case": case.name, "implementation": "inputs"}
-        if "failed" in (row := attempt(row, lambda: made.update(sets=turns.inputs(case)) or {})):
-            yield row
+        try:
+            sets = turns.inputs(case)
+        except Exception as error:  # as in `attempt`
+            yield {"kind": "speed", "case": case.name, "implementation": "inputs", "failed": _reason(error)}
             return
-        sets = made.pop("sets")
         for name, program in programs.items():
 
             def timing(program=program):
@@ -146,4 +144,8 @@ def attempt(row: dict[str, Any], run: Callable[[], dict[str, Any]]) -> dict[str,
     try:
         return row | run()
     except Exception as error:  # the next one may work
-        return row | {"failed": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"}
+        return row | {"failed": _reason(error)}
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
