@@ -74,6 +74,15 @@ def vocabulary(config: Config, name: str, tokens: Any, segment_ids: Any) -> None
         )
 
 
+def logits_are_numbers(found: Any) -> None:
+    """Raises InputError unless `found` is true: scores and texts of NaN look like those of a bad model."""
+    if not np.all(found):
+        raise InputError(
+            "the model's logits are NaN; compare the checkpoint with its source (`nemojax verify`), and where it runs "
+            "in float16, which overflows, take another dtype"
+        )
+
+
 def _check_documents(segment_ids: np.ndarray) -> None:
     if (segment_ids < 0).any():
         row, column = (int(i) for i in np.argwhere(segment_ids < 0)[0])

@@ -76,6 +76,7 @@ def _add_state_dtype(parser: argparse.ArgumentParser) -> None:
 
 
 def _generate(args: argparse.Namespace) -> int:
+    from nemojax import checks
     from nemojax.checkpoint import load
     from nemojax.generate import end_ids, generate, until_stop
     from nemojax.layout import require_directory
@@ -101,7 +102,9 @@ def _generate(args: argparse.Namespace) -> int:
         key=args.seed,
         state_dtype=args.state_dtype,
     )
-    print(args.prompt + tokenizer.decode(until_stop(new[0].tolist(), end_ids(model.config))))
+    kept = until_stop(new[0].tolist(), end_ids(model.config))
+    checks.logits_are_numbers(min(kept) >= 0)
+    print(args.prompt + tokenizer.decode(kept))
     return 0
 
 

@@ -65,7 +65,8 @@ def generate(
       state_dtype: of the Mamba-2 states between tokens; see `init_cache`.
 
     Returns:
-      The new tokens only, int32. After a stop id (which is kept), a row is filled with the config's pad id.
+      The new tokens only, int32. After a stop id (which is kept), a row is filled with the config's pad id. From where
+      the model's logits are NaN, a row has -1: damaged weights, or float16 that has overflowed.
 
     Raises:
       InputError: an argument is out of range, a prompt is empty, or an id is outside the vocabulary.
@@ -202,9 +203,16 @@ def _last_real(hidden: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | N
 
 
 def choose(logits: Float[Array, "B V"], step: Any, *, sampling: Sampling, greedy: bool, truncate: bool):
-    """The next token of each row; `truncate` says that `sampling` has a top-k or top-p."""
-    if greedy:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    """The next token of each row, -1 where a logit is NaN; `truncate` says that `sampling` has a top-k or top-p."""
+    token = _best(logits) if greedy else _sample(logits, step, sampling, truncate)
+    return jnp.where(jnp.isnan(logits).any(axis=-1), -1, token)
+
+
+def _best(logits):
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+
+def _sample(logits, step, sampling, truncate):
     best = logits.max(axis=-1, keepdims=True)  # which no temperature must make infinite, and which may be infinite
     logits = jnp.where(logits == best, 0.0, (logits - best) / sampling.temperature)
     keys = jax.vmap(jax.random.fold_in, (0, None))(sampling.keys, step)

@@ -187,6 +187,17 @@ def test_frequencies_with_top_p():
     check_frequencies(tokens, softmax(np.where(kept, logits, -np.inf)))
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_row_whose_logits_are_nan_gets_no_token(temperature):
+    """Its last prompt token has a NaN for its embedding; the other row is what it is without."""
+    params, prompts = perturbed_params(CONFIG), [[5, 9], [5, 7]]
+    run = lambda params: generate(
+        Nemotron(CONFIG), params, prompts, max_new_tokens=1, temperature=temperature, stop_ids=()
+    )
+    damaged = run(params | {"embed": params["embed"].at[7].set(jnp.nan)})
+    assert damaged.tolist() == [run(params)[0].tolist(), [-1]]
+
+
 # ------------------------------------------------------------------------------------------------------- program
 
 

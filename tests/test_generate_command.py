@@ -57,6 +57,15 @@ def test_one_line_for_what_is_wrong(arguments, message, capsys):
     assert shown.out == "" and shown.err.count("\n") == 1 and message in shown.err
 
 
+def test_a_damaged_weight_is_reported(tmp_path, capsys):
+    model, params = nemojax.load(DEMO)
+    nemojax.save(tmp_path / "model", model.config, params | {"norm_f": params["norm_f"].at[0].set(float("nan"))})
+    shutil.copy(DEMO / "tokenizer.json", tmp_path / "model")
+    assert cli.main(["generate", str(tmp_path / "model"), "--prompt", PROMPT, "--max-new-tokens", "4"]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == "" and "logits are NaN" in shown.err
+
+
 def test_top_k_beyond_the_vocabulary_keeps_all(capsys):
     run = lambda *more: printed(capsys, DEMO, "--prompt", PROMPT, "--max-new-tokens", 4, "--temperature", 1, *more)
     assert run("--top-k", 10**13) == run("--top-p", 1.0)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from nemojax import checks
 from nemojax.evaluation.buckets import bucket, capacity, cut, pad
 from nemojax.evaluation.engine import Engine
 from nemojax.evaluation.prefix import families
@@ -68,7 +69,7 @@ class Prefilled(NamedTuple):
 
 
 class Scorer:
-    """Runs requests through an engine.
+    """Runs requests through an engine. Where the model's logits are NaN, it raises InputError.
 
     Args:
       engine: the engine.
@@ -176,6 +177,7 @@ class Scorer:
             tokens, after = self.engine.decode(cache, arrays, capacity=room, **options)
             self._drop(cache, group)
             cache, take = after, np.arange(self.batch_size, dtype=np.int32)
+            checks.logits_are_numbers(tokens[~done] >= 0)
             for row in np.flatnonzero(~done):
                 kept = until_stop(tokens[row].tolist(), decoding.stop_ids)[: decoding.max_new_tokens - step]
                 new[row] += kept
@@ -199,4 +201,5 @@ def _longest(tails: Sequence[int], branches: Sequence) -> int:
 
 
 def _total(log_probs: np.ndarray, best: np.ndarray) -> Score:
+    checks.logits_are_numbers(~np.isnan(log_probs))
     return Score(float(log_probs.sum(dtype=np.float64)), bool(best.all()))

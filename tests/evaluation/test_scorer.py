@@ -6,6 +6,7 @@ import pytest
 from tiny import perturbed_params, tiny_config
 
 import nemojax
+from nemojax.errors import InputError
 from nemojax.evaluation.buckets import bucket
 from nemojax.evaluation.engine import Engine
 from nemojax.evaluation.prefix import families
@@ -107,6 +108,17 @@ def test_a_sample_depends_on_its_seed_alone():
         Scorer(Engine(MODEL, PARAMS), batch_size=batch).generate(prompts, decoding, lambda _: False, texts.update)
     assert found[0] == found[1]
     assert found[0][0] == found[0][2] != found[0][1]
+
+
+@pytest.mark.parametrize("where", ("embed", "lm_head"))
+def test_logits_that_are_no_numbers_are_not_scored(where):
+    """One NaN among the weights, which requests meet in one token, or at every one."""
+    damaged = Engine(MODEL, PARAMS | {where: PARAMS[where].at[7, 0].set(np.nan)})
+    scorer = Scorer(damaged, batch_size=2)
+    with pytest.raises(InputError, match="logits are NaN"):
+        scorer.loglikelihood([Request([5], [6]), Request([5, 7], [6])], lambda _: None)
+    with pytest.raises(InputError, match="logits are NaN"):
+        scorer.generate([Prompt([5]), Prompt([5, 7])], Decoding(4), lambda _: False, lambda _: None)
 
 
 def test_families_hold_every_request_once():
