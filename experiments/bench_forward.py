@@ -30,6 +30,7 @@ import nemojax
 from convert.progress import peak_memory
 from convert.stream import convert
 from experiments.rooflines import active_params, decode_bytes, prefill_flops
+from nemojax.errors import InputError
 from pallas_kernels.matvec import cpu
 
 ROOT = Path(__file__).parents[1]
@@ -56,16 +57,20 @@ CONFIG = nemojax.Config(
 
 
 def main() -> int:
-    """Prints the table; exits with 1 if ours and the peer disagree about the model."""
+    """Prints the table; exits with 1 if ours and the peer disagree about the model, with 2 for wrong input."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, help="Hugging Face directory; default: random weights made here")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, choices=range(1, 100), metavar="N")
     parser.add_argument("--peer-python", default=str(ROOT / ".venv-parity" / "bin" / "python"))
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint = args.checkpoint or _random_checkpoint(Path(folder))
+        checkpoint = args.checkpoint.resolve() if args.checkpoint else _random_checkpoint(Path(folder))
+        try:
+            model, params = nemojax.load(checkpoint)
+        except InputError as error:
+            parser.error(str(error))
         peer = Peer(args.peer_python, checkpoint) if Path(args.peer_python).exists() else None
-        return _run(checkpoint, peer, args.rounds)
+        return _run(model, params, peer, args.rounds)
 
 
 def _random_checkpoint(folder: Path) -> Path:
@@ -111,8 +116,7 @@ def _seconds(call: Callable[[], jax.Array]) -> float:
     return time.perf_counter() - start
 
 
-def _run(checkpoint: Path, peer: Peer | None, rounds: int) -> int:
-    model, params = nemojax.load(checkpoint)
+def _run(model: nemojax.Nemotron, params: dict, peer: Peer | None, rounds: int) -> int:
     config = model.config
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, PREFILL, np.int32)
     start = time.perf_counter()

@@ -20,6 +20,7 @@ import nemojax
 from nemojax.collectives import collectives
 from nemojax.config import Config
 from nemojax.dispatch import all_to_all
+from nemojax.errors import InputError
 from nemojax.sharding import param_shardings
 
 # The widths of Nano in small: 8 groups, 2 key/value heads, 6 of 128 experts.
@@ -125,7 +126,7 @@ def table(config: Config, sizes: Sequence[int], rows: int, tokens: int) -> list[
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Prints the table."""
+    """Prints the table, row by row as they are compiled, then whole; exits with 2 for wrong input."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--rows", type=int, default=ROWS)
@@ -134,7 +135,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", max(args.sizes))
     print(f"{nemojax.num_params(CONFIG) / 1e6:.1f} M parameters, {args.rows} rows of {args.tokens} tokens, float32\n")
-    print("\n" + "\n".join(table(CONFIG, args.sizes, args.rows, args.tokens)))
+    try:
+        lines = table(CONFIG, args.sizes, args.rows, args.tokens)
+    except InputError as error:
+        parser.error(str(error))
+    print("\n" + "\n".join(lines))
 
 
 if __name__ == "__main__":
