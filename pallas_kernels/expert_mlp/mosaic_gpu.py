@@ -124,9 +124,9 @@ class _Band(NamedTuple):
     steps: jax.Array
 
 
-def _tile_item(tiles, index, *, experts, columns, depth, tile_rows):
+def _tile_item(table, index, *, experts, columns, depth, tile_rows):
     """Item `index` in the order expert, column block, tile: any tile of the expert says where its items begin."""
-    expert, first, start, end = (tiles[lax.div(index, columns), i] for i in range(4))
+    expert, first, start, end = (table[lax.div(index, columns), i] for i in range(4))
     top = lax.div(start, _ALIGN) * _ALIGN
     count = lax.div(end - top + tile_rows - 1, tile_rows)
     local = index - first * columns
@@ -146,6 +146,18 @@ def _tile_item(tiles, index, *, experts, columns, depth, tile_rows):
 def _own(item, blocks):
     """What this thread block has of an item whose column block is as wide as a cluster."""
     return item._replace(column=item.column * blocks.cluster + lax.axis_index(PEER))
+
+
+def _tile_items(table, columns, weights, depth, blocks):
+    """`item_at` of `persistent.run` for products of tiles."""
+    sizes = dict(experts=weights.shape[0], columns=columns, depth=depth, tile_rows=blocks.rows)
+    return lambda index: _own(_tile_item(table, index, **sizes), blocks)
+
+
+def _load_rows(source, start, k, blocks, target, full):
+    """Step k of the tile that starts at row `start`, into every thread block of the cluster."""
+    part = source.at[pl.ds(start, blocks.rows), cut(k, DEPTH)]
+    plgpu.copy_gmem_to_smem(part, target.at[pl.ds(0, blocks.rows)], full, collective_axes=blocks.multicast)
 
 
 def _slots(blocks, dtype):
@@ -208,19 +220,15 @@ def _send_rows(acc, factors, slots, buffer, target, first, count):
 
 def to_tiles(rows, weights, plan: Plan, activation: Callable) -> jax.Array:
     """`activation(rows @ weights[e]^T)` as tiles: rows [R, K], weights [E, N, K] -> [tiles * tile rows, N]."""
-    experts, width, depth = weights.shape
+    _, width, depth = weights.shape
     blocks = tuning.blocks(plan.rows, width, _SLOTS)
     columns, size = blocks.column_blocks(width), min(blocks.rows, MATRIX_ROWS)
 
-    def expert_mlp_to_tiles(tiles, count, weights, rows, out, ring, slots):
+    def expert_mlp_to_tiles(table, count, weights, rows, out, ring, slots):
         def load(item, k, slot, full):
-            part = cut(k, DEPTH)
-            tile = ring.a.at[slot, pl.ds(0, blocks.rows)]
-            plgpu.copy_gmem_to_smem(
-                rows.at[pl.ds(item.row, blocks.rows), part], tile, full, collective_axes=blocks.multicast
-            )
-            column = cut(item.column, blocks.columns)
-            plgpu.copy_gmem_to_smem(weights.at[item.expert, column, part], ring.b.at[slot], full)
+            _load_rows(rows, item.row, k, blocks, ring.a.at[slot], full)
+            part = weights.at[item.expert, cut(item.column, blocks.columns), cut(k, DEPTH)]
+            plgpu.copy_gmem_to_smem(part, ring.b.at[slot], full)
 
         def product(acc, slot, part, k):
             plgpu.wgmma(acc, ring.a.at[slot, part], ring.b.at[slot].transpose((1, 0)))
@@ -230,9 +238,7 @@ def to_tiles(rows, weights, plan: Plan, activation: Callable) -> jax.Array:
             column = item.column * blocks.columns
             _send(activation(acc), slots.at[thread], lambda slab, n: out.at[place, pl.ds(column + slab * n, n)])
 
-        item_at = lambda i: _own(
-            _tile_item(tiles, i, experts=experts, columns=columns, depth=depth, tile_rows=blocks.rows), blocks
-        )
+        item_at = _tile_items(table, columns, weights, depth, blocks)
         persistent.run(ring, count[0] * columns, item_at, load, product, finish, blocks)
 
     out = jax.ShapeDtypeStruct((plan.tiles.shape[0] * blocks.rows, width), rows.dtype)
@@ -246,7 +252,7 @@ def to_rows(tiles, weights, plan: Plan, scale, dtype) -> jax.Array:
 
     Zero beyond the last group.
     """
-    experts, depth, width = weights.shape
+    _, depth, width = weights.shape
     dtype = jnp.dtype(dtype)
     blocks = tuning.blocks(plan.rows, width, _SLOTS + 1)
     columns, height = blocks.column_blocks(width), scale.shape[0]
@@ -254,12 +260,9 @@ def to_rows(tiles, weights, plan: Plan, scale, dtype) -> jax.Array:
 
     def expert_mlp_to_rows(table, count, scale, weights, tiles, out, ring, slots, buffers):
         def load(item, k, slot, full):
-            part = cut(k, DEPTH)
-            tile = ring.a.at[slot, pl.ds(0, blocks.rows)]
-            source = tiles.at[pl.ds(item.place, blocks.rows), part]
-            plgpu.copy_gmem_to_smem(source, tile, full, collective_axes=blocks.multicast)
-            column = cut(item.column, blocks.columns)
-            plgpu.copy_gmem_to_smem(weights.at[item.expert, part, column], ring.b.at[slot], full)
+            _load_rows(tiles, item.place, k, blocks, ring.a.at[slot], full)
+            part = weights.at[item.expert, cut(k, DEPTH), cut(item.column, blocks.columns)]
+            plgpu.copy_gmem_to_smem(part, ring.b.at[slot], full)
 
         def product(acc, slot, part, k):
             plgpu.wgmma(acc, ring.a.at[slot, part], ring.b.at[slot])
@@ -273,9 +276,7 @@ def to_rows(tiles, weights, plan: Plan, scale, dtype) -> jax.Array:
             target = lambda slab, n, r, size: out.at[pl.ds(row + r, size), pl.ds(column + slab * n, n)]
             _send_rows(acc, factors, slots.at[thread], buffers.at[thread], target, first, own)
 
-        item_at = lambda i: _own(
-            _tile_item(table, i, experts=experts, columns=columns, depth=depth, tile_rows=blocks.rows), blocks
-        )
+        item_at = _tile_items(table, columns, weights, depth, blocks)
         persistent.run(ring, count[1] * columns, item_at, load, product, finish, blocks)
 
     out = jax.ShapeDtypeStruct((height, width), dtype)
