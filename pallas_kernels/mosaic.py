@@ -23,6 +23,7 @@ from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 LOG2E = math.log2(math.e)
+_MOST_BLOCKS = 65_535  # along an axis of a grid of CUDA's, but for one, which is the last axis of a grid here
 COLUMNS = 64  # of a row: 128 bytes of bfloat16, a full line of memory
 # Such a row is 16 threads with 4 neighbouring columns each, so a warpgroup has 8 rows.
 ROW_LAYOUT = plgpu.Layout.TILED(
@@ -112,11 +113,13 @@ def launch(
 
     Args:
       body: takes references to inputs, outputs and scratch. name: in reports and profiles.
-      grid: thread blocks along each axis, by its name. threads: warpgroups, along the axis `thread`.
+      grid: thread blocks along each axis, by its name; they start in this order, the last axis first, unless that axis
+        has to be another one (`_startable`). threads: warpgroups, along the axis `thread`.
       cluster: the same of a cluster of thread blocks, if any. before: see `early`.
       approximate: exponentials and roots by the special function unit, to 2^-22 or so. (Division always is.)
       semantics: who finds the layouts of what is in registers: `Lane`, the kernel; `Warpgroup`, the compiler.
     """
+    grid = _startable(grid)
     run = plgpu.kernel(
         early(body, before),
         out_type=out_type,
@@ -131,6 +134,21 @@ def launch(
         compiler_params=plgpu.CompilerParams(approx_math=approximate, lowering_semantics=semantics),
     )
     return _in_32_bits(run)
+
+
+def _startable(grid: Mapping[str, int]) -> Mapping[str, int]:
+    """The axes in an order in which CUDA takes so many thread blocks: the one given, or from the shortest on.
+
+    All axes but the last two are one for CUDA.
+
+    Raises:
+      ValueError: there are too many in any order.
+    """
+    for order in (grid, dict(sorted(grid.items(), key=lambda axis: axis[1]))):
+        *others, middle, _ = (1, 1, *order.values())
+        if max(math.prod(others), middle) <= _MOST_BLOCKS:
+            return order
+    raise ValueError(f"a kernel needs {dict(grid)} thread blocks, more than CUDA starts at once; cut the batch")
 
 
 def _in_32_bits(run: Callable) -> Callable:
@@ -152,6 +170,7 @@ def in_place(
 
     Exponentials are not approximate.
     """
+    grid = _startable(grid)
     mesh = plgpu.Mesh(
         grid=tuple(grid.values()), grid_names=tuple(grid), num_threads=threads, thread_name="thread", kernel_name=name
     )

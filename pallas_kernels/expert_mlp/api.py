@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.choice import by_platform, choose, on_hopper, with_rules
@@ -61,7 +62,7 @@ def expert_mlp(
       x: rows sorted by expert: the first `group_sizes[0]` belong to expert 0, and so on; R >= sum(group_sizes). For the
         gradient all of them must be finite, also those that belong to none: they are multiplied by zeros.
       up: input vectors of the hidden units. down: output vectors of the same units.
-      weights: router weight of each row, float32.
+      weights: router weight of each row, used in float32.
       group_sizes: rows of each expert; any may be 0.
       implementation: `"mosaic_gpu"` (Hopper), `"xla"`, `"reference"`, or None for the default
         (`pallas_kernels.choice`).
@@ -80,7 +81,7 @@ def expert_mlp(
         )
     refusals = {"mosaic_gpu": mosaic_gpu.supports(x, up, down)}
     run = choose("expert_mlp", IMPLEMENTATIONS, implementation, refusals, _best)
-    return run(x, up, down, weights, group_sizes)
+    return run(x, up, down, weights.astype(jnp.float32), group_sizes)
 
 
 def token_mlp(
@@ -98,7 +99,7 @@ def token_mlp(
 
     Args:
       x: one row a token. up, down: see `expert_mlp`.
-      ids: experts of each row. weights: router weight of each, float32.
+      ids: experts of each row. weights: router weight of each, used in float32.
       shared: `up` and `down` of an expert that every row takes, with weight 1.
       norm: of x, if it has to be normalised first.
       implementation: `"mosaic_gpu"` (Hopper, up to 64 rows), `"xla"`, `"reference"`, or None for the default
@@ -121,4 +122,4 @@ def token_mlp(
         norm.check(x, "token_mlp")
     reason = mosaic_tokens.supports(x, up, down, *(shared or ()), norm=norm) if ids.size else "no row has an expert"
     run = choose("token_mlp", TOKEN_IMPLEMENTATIONS, implementation, {"mosaic_gpu": reason}, _best_for_tokens)
-    return run(x, up, down, ids, weights, shared, norm)
+    return run(x, up, down, ids, weights.astype(jnp.float32), shared, norm)

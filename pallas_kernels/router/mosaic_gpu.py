@@ -23,7 +23,7 @@ from pallas_kernels.tiles import pad_to
 
 _ROWS = 8  # of a warpgroup
 _MOST = 1024  # experts, 64 registers of a thread
-_LEAST = -3e38  # of an expert that is not eligible; one that was taken has less
+_LEAST = float(jnp.finfo(jnp.float32).min)  # of an expert that is not eligible; one that was taken has less
 
 
 def supports(logits: jax.Array) -> str | None:

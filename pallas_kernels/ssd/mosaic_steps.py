@@ -77,7 +77,7 @@ def steps(dt, A, dt_bias, dt_limit, documents, initial_document) -> parts.Steps:
         fine=parts.floats(_ZEROS + CHUNK, _PITCH),
         loaded=plgpu.Barrier(),
     )
-    grid = dict(batch=batch, heads=padded // _HEADS, chunk=chunks)  # the last axis alone may be over 65,535
+    grid = dict(batch=batch, heads=padded // _HEADS, chunk=chunks)
 
     def body(dt, A, dt_bias, *refs):
         owners, (vectors, ends, *scratch) = refs[: len(kinds)], refs[len(kinds) :]

@@ -85,6 +85,15 @@ def test_one_expert(rows):
     check([rows])
 
 
+def test_router_weights_of_any_dtype():
+    """They are used in float32, whatever the rows are in."""
+    values = jax.tree.map(jnp.asarray, arguments(9) | {"group_sizes": np.array([2, 0, 4, 3, 0], np.int32)})
+    low = jnp.asarray(values.pop("weights"), jnp.bfloat16)
+    run = lambda weights: expert_mlp(**values, weights=weights)
+    np.testing.assert_array_equal(run(low), run(low.astype(jnp.float32)))
+    assert jax.grad(lambda w: run(w).sum())(low).dtype == jnp.bfloat16
+
+
 def test_random_group_sizes():
     rng = np.random.default_rng(7)
     compiled = {name: jax.jit(lambda a, s, n=name: call(expert_mlp, **a, group_sizes=s, implementation=n)) for name in

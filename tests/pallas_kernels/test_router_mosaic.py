@@ -50,6 +50,13 @@ def test_of_equals_the_first(races_found):
     assert not races_found()
 
 
+def test_the_lowest_biases_have_an_order(races_found):
+    bias = jnp.where(jnp.arange(64) < 60, -3.2e38, -3.1e38)
+    ids, _ = run(jnp.zeros((8, 64)), bias, rule=Rule(6))
+    np.testing.assert_array_equal(ids[0], [60, 61, 62, 63, 0, 1])
+    assert not races_found()
+
+
 def test_large_logits(races_found):
     """Scores of exactly 0 and 1 are equals too."""
     logits = jnp.where(jnp.arange(64) % 3 == 0, 200.0, -200.0)[None] * jnp.ones((8, 1))
