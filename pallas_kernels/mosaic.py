@@ -61,6 +61,20 @@ def across(vector: Any, columns: int = COLUMNS, layout: Any = ROW_LAYOUT) -> Any
     return plgpu.layout_cast(lax.broadcast_in_dim(vector, (*vector.shape, columns), [0]), layout)
 
 
+def accumulate(*terms: tuple[Any, Any, Any]) -> list[Any]:
+    """`total + a @ b` for each `(total, a, b)`, `a` in registers and `b` in shared memory; all products run at once."""
+    if interpreted():  # there wgmma takes both operands from shared memory only
+        sums = [total + jnp.dot(a, b[...], preferred_element_type=jnp.float32) for total, a, b in terms]
+        plgpu.commit_smem()  # wgmma reads as TMA writes, through the asynchronous proxy: no fence is between them
+        return sums
+
+    def multiply(refs):
+        for ref, (_, a, b) in zip(refs, terms, strict=True):
+            plgpu.wgmma(ref, a, b)
+
+    return pl.run_state(multiply)([plgpu.ACC.init(total) for total, _, _ in terms])
+
+
 def swizzled(dtype: Any, *shape: int, width: int = 128) -> Any:
     """Shared memory whose rows are cut into `width` bytes, as wgmma and TMA want them."""
     lanes = width // jnp.dtype(dtype).itemsize

@@ -38,7 +38,7 @@ from pallas_kernels.flash_attention.mosaic_gpu_backward import backward
 from pallas_kernels.flash_attention.mosaic_merge import merge
 from pallas_kernels.flash_attention.mosaic_parts import HEAD_DIM, ROWS
 from pallas_kernels.flash_attention.view import view_of
-from pallas_kernels.mosaic import LOG2E, swizzled, too_old
+from pallas_kernels.mosaic import LOG2E, accumulate, swizzled, too_old
 from pallas_kernels.tiles import pad_to
 
 # Where a row has seen nothing yet: low enough for any score, and finite, so that differences are never inf - inf.
@@ -220,7 +220,7 @@ def _softmax_loop(wg, low, high, is_whole, s, blocks, scale):
         state = m, l, parts.zeros(ROWS, HEAD_DIM), p.astype(jnp.bfloat16)
         m, l, o, p = lax.fori_loop(low + 1, high, step, state)
         last = slot_of(high - 1)
-        [o] = parts.accumulate((o, p, s.v.at[last]))
+        [o] = accumulate((o, p, s.v.at[last]))
         plgpu.barrier_arrive(s.v_free.at[last])
         return m, l, o
 

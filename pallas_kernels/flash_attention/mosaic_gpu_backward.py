@@ -26,7 +26,7 @@ from pallas_kernels.flash_attention import mosaic_parts as parts
 from pallas_kernels.flash_attention import tuning
 from pallas_kernels.flash_attention.mosaic_parts import HEAD_DIM, ROWS
 from pallas_kernels.flash_attention.view import view_of
-from pallas_kernels.mosaic import LOG2E, swizzled
+from pallas_kernels.mosaic import LOG2E, accumulate, swizzled
 from pallas_kernels.tiles import pad_to
 
 
@@ -140,7 +140,7 @@ def _dq_loop(wg, seen, s, blocks, scale):
         scores = lax.cond(seen.is_whole(j), lambda x: x, lambda x: parts.mask(x, wg, j * blocks.keys, slot, s), scores)
         p = jnp.exp2(scores * (scale * LOG2E) - parts.across(lse, shape))
         ds = p * (dp - parts.across(row_sum, shape))
-        [dq] = parts.accumulate((dq, ds.astype(jnp.bfloat16), s.k.at[slot]))
+        [dq] = accumulate((dq, ds.astype(jnp.bfloat16), s.k.at[slot]))
         plgpu.barrier_arrive(s.k_free.at[slot])
         return dq
 
@@ -253,7 +253,7 @@ def _dkv_loop(wg, steps, key, is_whole, s, blocks, scale):
         p = jnp.exp2(scores * (scale * LOG2E) - parts.down(parts.per_column(s.lse.at[slot]), shape))
         ds = p * (dp - parts.down(parts.per_column(s.row_sum.at[slot]), shape))
         bf16 = lambda x: x.astype(jnp.bfloat16)
-        dk, dv = parts.accumulate((dk, bf16(ds), s.q.at[slot]), (dv, bf16(p), s.d_out.at[slot]))
+        dk, dv = accumulate((dk, bf16(ds), s.q.at[slot]), (dv, bf16(p), s.d_out.at[slot]))
         plgpu.commit_smem()  # what was read here, TMA writes next
         plgpu.barrier_arrive(s.q_free.at[slot])
         return dk, dv

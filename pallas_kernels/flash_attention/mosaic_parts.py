@@ -36,20 +36,6 @@ def zeros(*shape):
     return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
 
 
-def accumulate(*terms):
-    """`acc + a b` for each `(acc, a, b)`, `a` in registers and `b` in shared memory."""
-    if mosaic.interpreted():  # the interpreter takes left operands of wgmma from shared memory only
-        sums = [acc + jnp.dot(a, b[...], preferred_element_type=jnp.float32) for acc, a, b in terms]
-        plgpu.commit_smem()  # wgmma reads as TMA writes, through the asynchronous proxy: no fence is between them
-        return sums
-
-    def multiply(refs):
-        for ref, (_, a, b) in zip(refs, terms, strict=True):
-            plgpu.wgmma(ref, a, b)
-
-    return pl.run_state(multiply)([plgpu.ACC.init(acc) for acc, _, _ in terms])
-
-
 def products(*pairs):
     """`a b^T` for each pair of tiles in shared memory."""
 
@@ -72,7 +58,7 @@ def scores_then_sum(scores, total, issued, meanwhile):
     if mosaic.interpreted():
         [found] = products((q, k))
         issued()
-        return meanwhile(found), accumulate(total)[0]
+        return meanwhile(found), mosaic.accumulate(total)[0]
 
     def multiply(scores_ref, o_ref):
         o_ref[...] = o

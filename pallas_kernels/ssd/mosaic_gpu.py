@@ -34,7 +34,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mosaic import too_old
+from pallas_kernels.mosaic import accumulate, too_old
 from pallas_kernels.ssd import mosaic_gpu_backward, mosaic_states, mosaic_steps, tuning
 from pallas_kernels.ssd import mosaic_parts as parts
 from pallas_kernels.ssd.mosaic_parts import PER_COLUMN, PER_ROW, WGMMA
@@ -122,7 +122,6 @@ class _ScanScratch(NamedTuple):
     loaded: Any
     linked: Any
     consumed: Any
-    spare: Any
 
 
 def _scan(plan, x, B, C, vectors, skip, before):
@@ -140,7 +139,6 @@ def _scan(plan, x, B, C, vectors, skip, before):
         loaded=plgpu.Barrier(num_arrivals=3 + lanes, num_barriers=slots),
         linked=plgpu.Barrier(num_barriers=slots * plan.heads),
         consumed=plgpu.Barrier(num_arrivals=lanes, num_barriers=slots),
-        spare=parts.spare_tiles(lanes),
     )
 
     def body(x, B, C, vectors, skip, *refs):
@@ -252,7 +250,7 @@ def _advance(plan, place, lane, skip, before, y, after, s):
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(s.y.at[lane], y.at[place.batch, place.tokens(c), place.head + head, rows])
         weights = plgpu.load(s.outof.at[slot, head], layout=PER_COLUMN)
-        state = parts.next_state(state, x, weights, s.vectors.at[slot, head], s.B.at[slot], parts.spare_of(lane, s))
+        state = parts.next_state(state, x, weights, s.vectors.at[slot, head], s.B.at[slot])
         plgpu.barrier_arrive(s.consumed.at[slot])
         return parts.following(plan, slot), state
 
@@ -266,12 +264,11 @@ def _advance(plan, place, lane, skip, before, y, after, s):
 
 def _outputs(state, skip, slot, head, lane, slabs, s):
     """y^T and x^T of one chunk, [64, 64] bfloat16. The state is a tuple of [64, 64] slabs."""
-    spare = parts.spare_of(lane, s)
     C = (s.C.at[slot, :, slab].transpose((1, 0)) for slab in slabs)
     pairs = ((v.astype(jnp.bfloat16), c) for v, c in zip(state, C, strict=True))
-    carried = parts.product((ROWS, CHUNK), *pairs, spare=spare)
+    carried = parts.register_product(*pairs)
     x = parts.load_transposed(s.x.at[slot, lane])
     # The skip is read here and not once: in a wide scan the registers are full.
     others = carried * parts.down(plgpu.load(s.into.at[slot, head], layout=PER_COLUMN)) + skip[...] * x
-    y = parts.product((ROWS, CHUNK), (x, s.links.at[slot, head].transpose((1, 0))), initial=others, spare=spare)
+    [y] = accumulate((others, x, s.links.at[slot, head].transpose((1, 0))))
     return y.astype(jnp.bfloat16), x

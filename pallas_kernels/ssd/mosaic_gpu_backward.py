@@ -39,7 +39,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.documents import without_pads
-from pallas_kernels.mosaic import launch, read, swizzled
+from pallas_kernels.mosaic import accumulate, launch, read, swizzled
 from pallas_kernels.ssd import mosaic_parts as parts
 from pallas_kernels.ssd import mosaic_states, mosaic_steps, tuning
 from pallas_kernels.ssd.mosaic_parts import PER_COLUMN, PER_ROW, WGMMA
@@ -160,7 +160,6 @@ class _Scratch(NamedTuple):
     shared_loaded: Any
     loaded: Any
     consumed: Any
-    spare: Any
 
 
 def _chunk_gradients(plan, inputs, skip):
@@ -183,7 +182,6 @@ def _chunk_gradients(plan, inputs, skip):
         shared_loaded=plgpu.Barrier(num_arrivals=2),
         loaded=plgpu.Barrier(num_arrivals=3 + 2 * slabs, num_barriers=slots),
         consumed=plgpu.Barrier(num_arrivals=2, num_barriers=slots),
-        spare=parts.spare_tiles(2),
     )
 
     def body(*refs):
@@ -244,7 +242,7 @@ _COLUMN_PARTS = [pl.ds(first, _COLUMNS) for first in range(0, CHUNK, _COLUMNS)]
 
 def _all_pairs(a, b):
     """a b^T of two matrices in shared memory."""
-    return parts.product((CHUNK, CHUNK), (a, b.transpose((1, 0))))
+    return parts.product((a, b.transpose((1, 0))))
 
 
 def _indices():
@@ -324,18 +322,15 @@ def _add_to_dC(dC, slot, slabs, s):
         E.append(some.astype(jnp.bfloat16))
     into = parts.across(jnp.exp2(rows[parts.COARSE] + rows[parts.FINE]))
     for i, slab in enumerate(slabs):
-        carried = parts.product((CHUNK, ROWS), (s.dy.at[slot], s.state.at[slot, i])) * into
+        carried = parts.product((s.dy.at[slot], s.state.at[slot, i])) * into
         arrived += (carried * read(s.C.at[:, slab], WGMMA).astype(jnp.float32)).sum(axis=1)
         new.append(dC[i] + carried)
-    return _add_products(new, jnp.concatenate(E, axis=1), s.B, slabs, parts.spare_of(0, s)), arrived
+    return _add_products(new, jnp.concatenate(E, axis=1), s.B, slabs), arrived
 
 
-def _add_products(sums, a, b, slabs, spare):
+def _add_products(sums, a, b, slabs):
     """Adds a @ b, slab by slab."""
-    return tuple(
-        parts.product((CHUNK, ROWS), (a, b.at[:, slab]), initial=v, spare=spare)
-        for v, slab in zip(sums, slabs, strict=True)
-    )
+    return tuple(accumulate((v, a, b.at[:, slab]))[0] for v, slab in zip(sums, slabs, strict=True))
 
 
 def _store_keys(place, ref, slabs, values):
@@ -358,7 +353,7 @@ def _from_inputs(place, skip, outputs, s):
         rows, outof, weights = _per_row(slot, s)
         dB = _add_carried(dB, weights, slot, s)
         E, links, linked = _transposed(rows, slot, s)
-        dB = _add_products(dB, E, s.C, slabs, parts.spare_of(1, s))
+        dB = _add_products(dB, E, s.C, slabs)
         own = own_score * rows[parts.STEP] + skip[head]
         dx, left, skips = _dx(links, weights, outof, own, slot, slabs, s)
         found = dict(linked=linked, left=left, own=own_score * skips, skip=skips)
@@ -400,20 +395,18 @@ def _per_row(slot, s):
 def _add_carried(dB, weights, slot, s):
     """Adds (w x) G, with w x in bfloat16."""
     x = read(s.x.at[slot], WGMMA).astype(jnp.float32)
-    x, spare = (x * parts.across(weights)).astype(jnp.bfloat16), parts.spare_of(1, s)
-    return tuple(
-        parts.product((CHUNK, ROWS), (x, s.d_state.at[slot, i]), initial=v, spare=spare) for i, v in enumerate(dB)
-    )
+    x = (x * parts.across(weights)).astype(jnp.bfloat16)
+    return tuple(accumulate((v, x, s.d_state.at[slot, i]))[0] for i, v in enumerate(dB))
 
 
 def _dx(links, weights, outof, own, slot, slabs, s):
     """dx, bfloat16, and the sums `left` and `skip`. own: the weight of each token in its own output."""
     pairs = ((s.B.at[:, slab], s.d_state.at[slot, i].transpose((1, 0))) for i, slab in enumerate(slabs))
-    carried = parts.product((CHUNK, ROWS), *pairs)
+    carried = parts.product(*pairs)
     x = read(s.x.at[slot], WGMMA).astype(jnp.float32)
     left = outof * (x * carried).sum(axis=1)
     dy = read(s.dy.at[slot], WGMMA).astype(jnp.float32)
     skips = (x * dy).sum(axis=1)
     rest = carried * parts.across(weights) + dy * parts.across(own)
-    within = parts.product((CHUNK, ROWS), (links, s.dy.at[slot]), spare=parts.spare_of(1, s))
+    within = parts.register_product((links, s.dy.at[slot]))
     return (within + rest).astype(jnp.bfloat16), left, skips

@@ -7,6 +7,7 @@ memory.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import documents as docs
 from pallas_kernels import mosaic
-from pallas_kernels.mosaic import interpreted, launch, read
+from pallas_kernels.mosaic import launch, read
 from pallas_kernels.ssd.tuning import CHUNK, ROWS
 from pallas_kernels.tiles import pad_to
 
@@ -144,46 +145,24 @@ def down(vector, rows=CHUNK):
     return mosaic.down(vector, rows, WGMMA)
 
 
-def product(shape, *operands, initial=None, spare=None):
-    """The sum of `a @ b` over the pairs, float32, and of `initial`.
-
-    spare: see `multiply`; with `initial`, every `a` must be in registers. (The interpreter's accumulators begin with
-      zero.)
-    """
-
-    def accumulate(acc):
-        for i, (a, b) in enumerate(operands):
-            if i >= 2:
-                plgpu.wgmma_wait(1)  # frees the registers of the operand before the last
-            multiply(acc, a, b, spare)
+def product(*pairs):
+    """The sum of `a @ b` over pairs of matrices in shared memory, [64, 64] float32."""
 
     def from_zero(acc):
-        accumulate(acc)
+        for i, (a, b) in enumerate(pairs):
+            if i >= 2:
+                plgpu.wgmma_wait(1)  # frees the registers of the operand before the last
+            plgpu.wgmma(acc, a, b)
         return acc[...]
 
-    if initial is None:
-        return pl.run_scoped(from_zero, plgpu.ACC(shape, jnp.float32))
-    if spare is not None:
-        return initial + product(shape, *operands, spare=spare)
-    return pl.run_state(accumulate)(plgpu.ACC.init(initial))
+    return pl.run_scoped(from_zero, plgpu.ACC((ROWS, ROWS), jnp.float32))
 
 
-def multiply(acc, a, b, spare):
-    """Starts `acc += a @ b`. The interpreter wants `a` in shared memory: `spare` there, if it is in registers."""
-    if spare is not None:
-        spare[...] = a
-        plgpu.commit_smem()
-        a = spare
-    plgpu.wgmma(acc, a, b)
-
-
-def spare_tiles(lanes):
-    """A tile a lane, for the interpreter only."""
-    return plgpu.SMEM((lanes, ROWS, CHUNK), jnp.bfloat16) if interpreted() else None
-
-
-def spare_of(lane, s):
-    return None if s.spare is None else s.spare.at[lane]
+def register_product(*pairs):
+    """`product` where each `a` is in registers."""
+    if mosaic.interpreted():
+        return functools.reduce(lambda total, pair: mosaic.accumulate((total, *pair))[0], pairs, zeros())
+    return product(*pairs)
 
 
 def log_decay_between(rows, columns):
@@ -233,11 +212,11 @@ def weighted(x, weights):
     return (x.astype(jnp.float32) * down(weights)).astype(jnp.bfloat16)
 
 
-def next_state(state, x, weights, vectors, B, spare):
+def next_state(state, x, weights, vectors, B):
     """The state after a chunk. x: [64, 64], x^T in registers."""
     x = weighted(x, weights)
     decay = jnp.exp2(vectors[COARSE, CHUNK - 1] + vectors[FINE, CHUNK - 1])
-    added = (product((ROWS, ROWS), (x, B.at[:, slab]), spare=spare) for slab in slabs_of(B.shape[-1]))
+    added = (register_product((x, B.at[:, slab])) for slab in slabs_of(B.shape[-1]))
     return tuple(decay * v + a for v, a in zip(state, added, strict=True))
 
 

@@ -21,7 +21,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mosaic import read
+from pallas_kernels.mosaic import accumulate, read
 from pallas_kernels.ssd import mosaic_parts as parts
 from pallas_kernels.ssd.mosaic_parts import PER_COLUMN, WGMMA
 from pallas_kernels.ssd.tuning import CHUNK, ROWS
@@ -58,7 +58,6 @@ class _WalkScratch(NamedTuple):
     kept: Any
     loaded: Any
     consumed: Any
-    spare: Any
 
 
 def _walk_scratch(plan, state_size, keep):
@@ -70,7 +69,6 @@ def _walk_scratch(plan, state_size, keep):
         kept=parts.matrices(lanes, ROWS, state_size) if keep else None,
         loaded=plgpu.Barrier(num_arrivals=2 + lanes, num_barriers=slots),
         consumed=plgpu.Barrier(num_arrivals=lanes, num_barriers=slots),
-        spare=parts.spare_tiles(lanes),
     )
 
 
@@ -93,7 +91,7 @@ def piece_states(plan, x, B, steps, initial, reverse=False):
 
         @pl.when(thread == 0)
         def _():
-            count, _ = walk(lambda i, c, _: _load_walk(plan, place, i, c, x, B, vectors, s))
+            count, *_ = walk(lambda i, c, *_: _load_walk(plan, place, i, c, x, B, vectors, s))
             parts.drain(plan, count, s)
 
         @pl.when(thread > 0)
@@ -110,11 +108,9 @@ def piece_states(plan, x, B, steps, initial, reverse=False):
                 def _():
                     decays[place.batch, head, index] = decay
 
-            def sum_up(*sums):
-                _, rests = walk(lambda i, _, rests: _accumulate(plan, lane, i, own(rests), sums, slabs, reverse, s))
-                put(place.piece + 1, [acc[...] for acc in sums], own(rests))
-
-            pl.run_scoped(sum_up, *(plgpu.ACC((ROWS, ROWS), jnp.float32) for _ in slabs))
+            add = lambda i, _, rests, sums: _add_chunk(plan, lane, i, own(rests), sums, slabs, reverse, s)
+            _, rests, sums = walk(add, tuple(parts.zeros() for _ in slabs))
+            put(place.piece + 1, sums, own(rests))
 
             @pl.when(place.piece == 0)
             def _():
@@ -129,39 +125,37 @@ def piece_states(plan, x, B, steps, initial, reverse=False):
     return run(x, B, *steps, initial)
 
 
-def _sum_from_the_end(plan, place, ends, visit):
-    """Runs `visit(i, chunk, rests)` for a piece's chunks, the last one first, until nothing that is left has a weight.
+def _sum_from_the_end(plan, place, ends, visit, sums=None):
+    """`sums = visit(i, chunk, rests, sums)` for a piece's chunks, the last one first, while those left have a weight.
 
     rests: log decay from the chunk to the piece's end, for each of the heads.
 
-    Returns: how many chunks that were, and the log decay over them.
+    Returns: how many chunks that were, the log decay over them, and the sums.
     """
 
     def step(carry):
-        i, rests = carry
+        i, rests, sums = carry
         c = place.chunks - 1 - i
         decays = [ends[place.batch, place.chunk(c), place.head + h] for h in range(plan.heads)]
-        visit(i, c, rests)
-        return i + 1, tuple(rest + decay for rest, decay in zip(rests, decays, strict=True))
+        sums = visit(i, c, rests, sums)
+        return i + 1, tuple(rest + decay for rest, decay in zip(rests, decays, strict=True)), sums
 
     def matters(carry):
-        i, rests = carry
+        i, rests, _ = carry
         return (i < place.chunks) & functools.reduce(jnp.logical_or, map(_has_weight, rests))
 
-    return lax.while_loop(matters, step, (jnp.int32(0), (jnp.float32(0.0),) * plan.heads))
+    return lax.while_loop(matters, step, (jnp.int32(0), (jnp.float32(0.0),) * plan.heads, sums))
 
 
-def _accumulate(plan, lane, i, rest, sums, slabs, reverse, s):
-    """Adds up what the chunk that was loaded as number `i` leaves at the piece's end."""
+def _add_chunk(plan, lane, i, rest, sums, slabs, reverse, s):
+    """The sums with what the chunk that was loaded as number `i` leaves at the piece's end."""
     slot = lax.rem(i, plan.slots)
     plgpu.barrier_wait(s.loaded.at[slot])
     vectors = s.vectors.at[slot, lax.div(lane, plan.blocks)]
     x = parts.weighted(parts.load_transposed(s.x.at[slot, lane]), _walk_weights(vectors, reverse, rest))
-    for acc, slab in zip(sums, slabs, strict=True):
-        parts.multiply(acc, x, s.B.at[slot, :, slab], parts.spare_of(lane, s))
-    # The registers of the operand are free only now: the next chunk must not be prepared before.
-    plgpu.wgmma_wait(0)
+    sums = accumulate(*((total, x, s.B.at[slot, :, slab]) for total, slab in zip(sums, slabs, strict=True)))
     plgpu.barrier_arrive(s.consumed.at[slot])
+    return tuple(sums)
 
 
 def chunk_states(plan, x, B, steps, initial, reverse=False):
@@ -234,7 +228,7 @@ def _advance_through(plan, place, lane, state, reverse, s, visit):
         vectors = s.vectors.at[slot, lax.div(lane, plan.blocks)]
         weights = _walk_weights(vectors, reverse)
         x = parts.load_transposed(s.x.at[slot, lane])
-        state = parts.next_state(state, x, weights, vectors, s.B.at[slot], parts.spare_of(lane, s))
+        state = parts.next_state(state, x, weights, vectors, s.B.at[slot])
         plgpu.barrier_arrive(s.consumed.at[slot])
         return state
 
