@@ -7,12 +7,12 @@ PATH/...             tokenizer, generation config, chat template, as they came
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from nemojax.errors import InputError
@@ -31,6 +31,8 @@ _WEIGHTS = (
     ".h5",
     ".msgpack",
 )
+
+_DIRECTORIES = {PARAMS, ".cache"}  # the latter of a download
 
 _FULL = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), os.strerror(errno.EFBIG), "RESOURCE_EXHAUSTED")
 
@@ -52,12 +54,13 @@ def require_directory(path: Path) -> Path:
     return path
 
 
-@contextmanager
+@contextlib.contextmanager
 def new_directory(target: Path, *, overwrite: bool, needed_bytes: int) -> Iterator[Path]:
     """A directory to fill, which becomes `target` when the block ends well, and leaves nothing when it does not.
 
     A killed run leaves `.NAME.partial` beside the target; the next run starts over from nothing, unless another one is
-    still writing there. A target that is replaced is there until the new one is complete.
+    still writing there. A target that is replaced is there until the new one is complete; a run that is killed while it
+    exchanges them leaves the old one as `.NAME.replaced`, and the next run puts it back first.
 
     Args:
       target: where the result goes. overwrite: whether a checkpoint that lies there may be replaced.
@@ -65,14 +68,17 @@ def new_directory(target: Path, *, overwrite: bool, needed_bytes: int) -> Iterat
 
     Raises:
       InputError: the target exists, cannot be made, does not fit on the disk, or is what another run is writing; what
-        is to be replaced is no checkpoint, or holds the current directory.
+        is to be replaced is no checkpoint or holds more than one does, is the root of a file system, or holds the
+        current directory.
     """
     target = Path(target).resolve()  # a link to a directory could not be replaced at the end
     _check_target(target, overwrite)
-    partial = target.parent / f".{target.name}.partial"
+    partial = _beside(target, "partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with _filled_alone(partial):
+            _finish_exchange(target)
+            _check_target(target, overwrite)
             free = shutil.disk_usage(target.parent).free
             if needed_bytes > free:
                 raise InputError(
@@ -96,21 +102,41 @@ def new_directory(target: Path, *, overwrite: bool, needed_bytes: int) -> Iterat
 def _check_target(target: Path, overwrite: bool) -> None:
     if target.exists() and not target.is_dir():
         raise InputError(f"{target}: exists and is not a directory; choose another target")
-    if not target.is_dir() or not any(target.iterdir()):
+    if not target.is_dir():
+        return
+    if Path.cwd().is_relative_to(target):
+        raise InputError(f"{target}: holds the current directory, and is not replaced; give a directory of its own")
+    if os.path.ismount(target):
+        raise InputError(f"{target}: is the root of a file system, and cannot be replaced; give a directory inside it")
+    names = {item.name for item in target.iterdir()}
+    if not names:
         return
     if not overwrite:
         raise InputError(f"{target}: exists and is not empty; choose another target, or replace it with --overwrite")
-    if Path.cwd().is_relative_to(target):
-        raise InputError(f"{target}: holds the current directory, and is not replaced; give a directory of its own")
-    if not (target / CONFIG).is_file():
-        raise InputError(f"{target}: is not empty and no checkpoint (no {CONFIG}), and is not replaced; empty it first")
+    if CONFIG not in names or not (is_orbax(target) or any(name.endswith(_WEIGHTS) for name in names)):
+        raise InputError(
+            f"{target}: is not empty and no checkpoint ({CONFIG} and weights), and is not replaced; empty it first"
+        )
+    for name in sorted(names - _DIRECTORIES):
+        if (target / name).is_dir():
+            raise InputError(f"{target}: holds {name}/, which would be lost with what is replaced; move it away first")
+
+
+def _beside(target: Path, role: str) -> Path:
+    return target.parent / f".{target.name}.{role}"
+
+
+def _finish_exchange(target: Path) -> None:
+    """Ends what a run that was killed in `_put_in_place` had begun."""
+    replaced = _beside(target, "replaced")
+    if replaced.exists() and not target.exists():
+        replaced.rename(target)
+    _delete_replaced(target)
 
 
 def _put_in_place(partial: Path, target: Path, overwrite: bool) -> None:
     """Renames `partial`. What it replaces is renamed first and then deleted: neither can be lost on the way."""
-    replaced = target.parent / f".{target.name}.replaced"
-    if replaced.exists():  # of a run that was killed at this place
-        shutil.rmtree(replaced) if target.exists() else replaced.rename(target)
+    replaced = _beside(target, "replaced")
     if target.is_dir() and overwrite:
         target.rename(replaced)
     try:
@@ -119,10 +145,20 @@ def _put_in_place(partial: Path, target: Path, overwrite: bool) -> None:
         if replaced.exists():
             replaced.rename(target)
         raise
-    shutil.rmtree(replaced, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        _delete_replaced(target)
 
 
-@contextmanager
+def _delete_replaced(target: Path) -> None:
+    """Under another name, so that what is half deleted is never put back."""
+    replaced, deleted = _beside(target, "replaced"), _beside(target, "deleted")
+    shutil.rmtree(deleted, ignore_errors=True)
+    if replaced.exists():
+        replaced.rename(deleted)
+        shutil.rmtree(deleted, ignore_errors=True)
+
+
+@contextlib.contextmanager
 def _filled_alone(directory: Path) -> Iterator[None]:
     """Makes the directory, or empties it, for a block in which no other process does; removes it if the block fails."""
     directory.mkdir(exist_ok=True)
@@ -146,10 +182,18 @@ def _remove(directory: Path) -> None:
 
 
 def copy_companions(source: Path, target: Path) -> list[str]:
-    """Copies everything beside the weights (config, tokenizer, chat template, ...); returns the names."""
+    """Copies everything beside the weights (config, tokenizer, chat template, ...); returns the names.
+
+    Raises:
+      InputError: one is a link to nothing, as in a download that was not completed.
+    """
     names = []
     for item in sorted(source.iterdir()):
-        if item.is_file() and not item.name.startswith(".") and not item.name.endswith(_WEIGHTS):
+        if item.name.startswith(".") or item.name.endswith(_WEIGHTS) or item.name == PARAMS:
+            continue
+        if item.is_symlink() and not item.exists():
+            raise InputError(f"{item}: is a link to nothing; download it again, or remove it")
+        if item.is_file():
             shutil.copyfile(item, target / item.name)
             names.append(item.name)
     return names

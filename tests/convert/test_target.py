@@ -24,6 +24,14 @@ def test_target_that_is_not_empty(tmp_path: Path, capsys: pytest.CaptureFixture)
         assert f"target: {message}" in capsys.readouterr().err
         assert os.listdir(target) == ["precious"]
     (target / "config.json").write_text("{}")
+    assert run("convert", source, target, "--overwrite") == 2
+    assert "target: is not empty and no checkpoint" in capsys.readouterr().err
+    (target / "model.safetensors").write_text("x")
+    (target / ".git").mkdir()
+    assert run("convert", source, target, "--overwrite") == 2
+    assert "target: holds .git/, which would be lost" in capsys.readouterr().err
+    assert sorted(os.listdir(target)) == [".git", "config.json", "model.safetensors", "precious"]
+    (target / ".git").rmdir()
     assert run("convert", source, target, "--overwrite") == 0
     assert not (target / "precious").exists()
     assert run("verify", source, target) == 0
@@ -44,12 +52,38 @@ def test_current_directory_is_not_replaced(
     assert os.listdir(here) == ["config.json"]
 
 
+def test_nor_is_it_filled_while_it_is_empty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """A new directory of its name would not be the one that the shell is in."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert run("convert", write_hf(tmp_path / "hf"), ".") == 2
+    assert "holds the current directory" in capsys.readouterr().err
+
+
+def test_root_of_a_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "mounted").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "mounted")
+    assert run("convert", write_hf(tmp_path / "hf"), tmp_path / "mounted") == 2
+    assert "is the root of a file system, and cannot be replaced" in capsys.readouterr().err
+    assert run("convert", tmp_path / "hf", tmp_path / "mounted" / "inside") == 0
+
+
+def test_a_link_to_nothing_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    source = write_hf(tmp_path / "hf")
+    (source / "chat_template.jinja").unlink()
+    (source / "chat_template.jinja").symlink_to("../blobs/none")
+    assert run("convert", source, tmp_path / "orbax") == 2
+    assert "chat_template.jinja: is a link to nothing" in capsys.readouterr().err
+
+
 class Killed(BaseException):
     """Ends a run where it stands."""
 
 
 @pytest.mark.parametrize("error", [Killed, OSError("busy")], ids=["killed", "refused"])
-@pytest.mark.parametrize("at", ["moved aside", "put in place", "deleted"])
+@pytest.mark.parametrize("at", ["moved aside", "put in place", "given up", "deleted"])
 def test_a_replaced_checkpoint_is_there_until_the_new_one_is(
     tmp_path: Path, at: str, error: BaseException, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -68,21 +102,34 @@ def test_a_replaced_checkpoint_is_there_until_the_new_one_is(
         return act(*args, **options)
 
     with monkeypatch.context() as patched:
-        step_of = lambda path: "put in place" if path.name.endswith(".partial") else "moved aside"
+        steps = {".partial": "put in place", ".replaced": "given up", ".deleted": "deleted"}
+        step_of = lambda path: steps.get(Path(path).suffix, "moved aside")
         patched.setattr(Path, "rename", lambda path, to: fails(step_of(path), rename, path, to))
-        is_old = lambda path: Path(path).name.endswith(".replaced")
-        step = lambda path, **how: fails("deleted" if is_old(path) else "", delete, path, **how)
+        exists = lambda path: step_of(path) if Path(path).exists() else ""
+        step = lambda path, **how: fails(exists(path), delete, path, **how)
         patched.setattr(shutil, "rmtree", step)
         try:
             ended = run("convert", new, target, "--overwrite")
         except Killed:
             ended = None
     assert calls == [at]
-    assert ended == (None if error is Killed else 0 if at == "deleted" else 2)
-    assert run("verify", new if at == "deleted" else old, target) == 0
+    done = at in ("given up", "deleted")
+    assert ended == (None if error is Killed else 0 if done else 2)
+    if not target.exists():
+        assert run("convert", new, target) == 2  # which puts the old one back, and is refused
+    assert run("verify", new if done else old, target) == 0
     assert run("convert", new, target, "--overwrite") == 0
     assert run("verify", new, target) == 0
     assert sorted(os.listdir(tmp_path)) == ["new", "old", "target"]
+
+
+def test_what_is_half_deleted_is_not_put_back(tmp_path: Path) -> None:
+    source, target, deleted = write_hf(tmp_path / "hf"), tmp_path / "target", tmp_path / ".target.deleted"
+    deleted.mkdir()
+    (deleted / "config.json").write_text("{}")
+    assert run("convert", source, target) == 0
+    assert run("verify", source, target) == 0
+    assert sorted(os.listdir(tmp_path)) == ["hf", "target"]
 
 
 @pytest.mark.parametrize("link", [False, True], ids=["empty directory", "link to an empty directory"])
