@@ -40,6 +40,17 @@ def test_nothing_is_printed_behind_the_end(greedy, tmp_path, capsys):
     assert printed(capsys, DEMO, "--prompt", PROMPT, "--max-new-tokens", 12) != expected
 
 
+def test_the_prompt_is_taken_whole(tmp_path, capsys):
+    """Whatever the tokenizer's file remembers of its last call."""
+    target = shutil.copytree(DEMO, tmp_path / "model")
+    tokenizer = load_tokenizer(DEMO)
+    tokenizer.enable_truncation(max_length=3)
+    tokenizer.enable_padding(length=40)
+    tokenizer.save(str(target / "tokenizer.json"))
+    run = lambda path: printed(capsys, path, "--prompt", PROMPT, "--max-new-tokens", 4)
+    assert run(target) == run(DEMO)
+
+
 WRONG = {
     "no-directory": (["/no/where", "--prompt", "a"], "/no/where: does not exist"),
     "no-text": ([DEMO, "--prompt="], "--prompt: the text has no tokens"),

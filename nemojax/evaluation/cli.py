@@ -85,6 +85,10 @@ def _check(args: argparse.Namespace) -> None:
         raise InputError("--distributed finds the coordinator itself; leave --coordinator out")
     if len({value is None for value in (args.coordinator, args.processes, args.process)}) > 1:
         raise InputError("--coordinator, --processes and --process go together")
+    if args.process is not None and not 0 <= args.process < args.processes:
+        raise InputError(f"--process must be from 0 to {args.processes - 1}, one less than --processes")
+    if args.output and os.path.realpath(args.output) == os.path.realpath(args.path):
+        raise InputError("--output must not be the checkpoint; give a directory of its own")
 
 
 def _model(lm_class: type, args: argparse.Namespace, record: Any) -> Any:

@@ -24,6 +24,9 @@ from nemojax.evaluation.scorer import Decoding, Prompt, Request, Score, Scorer
 from nemojax.generate import check_sampling, end_ids
 from nemojax.tokenizer import load_tokenizer
 
+_SETTINGS = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}
+_NEUTRAL = {"num_beams": 1, "repetition_penalty": 1.0, "length_penalty": 1.0, "min_p": 0.0, "num_return_sequences": 1}
+
 # Called with the index and the answer of each finished request.
 Done = Callable[[dict[int, Any]], None]
 
@@ -112,10 +115,20 @@ class NemojaxLM(TemplateLM):
         return tuple({self.eot_token_id, *end_ids(self.config)})
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Ids of a text; a text that begins with begin-of-text does not get another one."""
+        """Ids of a text; a text that begins with begin-of-text does not get another one.
+
+        Raises:
+          InputError: an id is outside the model's vocabulary.
+        """
         if add_special_tokens is None:
             add_special_tokens = not has_bos_prefix(string, self.tokenizer.id_to_token(self.prefix_token_id))
-        return self.tokenizer.encode(string, add_special_tokens=add_special_tokens).ids
+        ids = self.tokenizer.encode(string, add_special_tokens=add_special_tokens).ids
+        if (last := max(ids, default=0)) >= self.config.vocab_size:
+            raise InputError(
+                f"{self.path}: the tokenizer has id {last} for {self.tokenizer.id_to_token(last)!r}, but the model's "
+                f"vocabulary ends at {self.config.vocab_size - 1}; take the tokenizer that belongs to the weights"
+            )
+        return ids
 
     @property
     def tokenizer_name(self) -> str:
@@ -201,12 +214,18 @@ class NemojaxLM(TemplateLM):
             options.get("top_p"),
         )
         check_sampling(*sampling)
-        decoding = Decoding(options["max_gen_toks"], self._stop_ids, *sampling)
         until = [stop for stop in options["until"] if stop]
+        stop_ids = tuple(dict.fromkeys([*self._stop_ids, *filter(None, map(self._unseen, until))]))
+        decoding = Decoding(options["max_gen_toks"], stop_ids, *sampling)
         decode = lambda ids: self.tokenizer.decode(ids)
         is_finished = lambda ids: any(stop in decode(ids) for stop in until)
         text = lambda ids: postprocess_generated_text(decode(ids), until, None)
         self.scorer.generate(prompts, decoding, is_finished, lambda new: done({i: text(ids) for i, ids in new.items()}))
+
+    def _unseen(self, stop: str) -> int | None:
+        """The id of a stop string that is a special token, which decoding leaves out."""
+        token = self.tokenizer.token_to_id(stop)
+        return token if token is not None and not self.tokenizer.decode([token]) else None
 
     def _request(self, context: Sequence[int], continuation: Sequence[int]) -> Request:
         """Keeps the end of what is too long, as lm-eval's own model does."""
@@ -242,11 +261,18 @@ class NemojaxLM(TemplateLM):
 
 
 def _normalised(settings: dict[str, Any], max_gen_toks: int) -> dict[str, Any]:
-    """Settings of generation as lm-eval reads them."""
+    """Settings of generation as lm-eval reads them; those that are unknown here may be there if they ask nothing."""
     try:
-        return dict(normalize_gen_kwargs(settings, max_gen_toks))
+        found = dict(normalize_gen_kwargs(settings, max_gen_toks))
     except (TypeError, ValueError) as error:
         raise InputError(f"settings of generation {settings}: {error}") from None
+    for name in found.keys() - _SETTINGS:
+        if found[name] not in (None, _NEUTRAL.get(name)):
+            raise InputError(
+                f"settings of generation: {name}={found[name]!r} has no effect here; known are "
+                f"{', '.join(sorted(_SETTINGS))}"
+            )
+    return found
 
 
 def _keys(kind: str, arguments: Sequence[Any]) -> list[str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nemojax.errors import InputError
+from nemojax.layout import PARAMS
 from nemojax.lock import take
 
 SETTINGS, ANSWERS = "run.json", "requests.jsonl"
@@ -97,8 +98,12 @@ def key(kind: str, arguments: Any, occurrence: int) -> str:
 
 
 def fingerprint(checkpoint: str | os.PathLike) -> str:
-    """Tells checkpoints apart: names and contents of all files. They are read whole, as loading does too."""
-    files = sorted(path for path in Path(checkpoint).rglob("*") if path.is_file())
+    """Tells checkpoints apart: names and contents of all their files. They are read whole, as loading does too.
+
+    Other directories than that of the parameters may lie there, such as the one that the answers go to.
+    """
+    checkpoint = Path(checkpoint)
+    files = sorted(path for path in (*checkpoint.iterdir(), *(checkpoint / PARAMS).rglob("*")) if path.is_file())
     total = hashlib.sha256()
     with ThreadPoolExecutor() as threads:  # hashing lets other threads run
         for path, digest in zip(files, threads.map(_digest, files), strict=True):

@@ -78,8 +78,10 @@ def test_a_rolling_text_is_the_sum_of_its_windows(lm):
         (dict(temperature=-1.0), "temperature must be 0 or a positive number, got -1.0"),
         (dict(temperature=1.0, top_p=0.0), "top_p must be above 0 and at most 1, got 0.0"),
         (dict(temperature="abc"), "settings of generation .*: could not convert string to float: 'abc'"),
+        (dict(temprature=0.9), "temprature=0.9 has no effect here; known are do_sample, max_gen_toks, temp"),
+        (dict(repetition_penalty=1.2), "repetition_penalty=1.2 has no effect here"),
     ],
-    ids=["temperature", "top-p", "text"],
+    ids=["temperature", "top-p", "text", "unknown", "not-here"],
 )
 def test_wrong_settings_of_generation_are_named(lm, settings, message):
     with pytest.raises(InputError, match=message):
@@ -88,12 +90,32 @@ def test_wrong_settings_of_generation_are_named(lm, settings, message):
         )
 
 
+def test_settings_that_ask_nothing_are_taken(lm):
+    settings = {"max_gen_toks": 2, "num_beams": 1, "repetition_penalty": 1.0, "max_length": None}
+    assert lm.generate_until(ask("generate_until", ("a", settings)), disable_tqdm=True)
+
+
 def test_generation_stops_at_the_text_and_leaves_it_out(lm):
     limit = {"max_gen_toks": 12}
     free, empty = lm.generate_until(ask("generate_until", ("def f", limit), ("", limit)), disable_tqdm=True)
     stop = free[len(free) // 2 :][:2]
     (cut,) = lm.generate_until(ask("generate_until", ("def f", limit | {"until": ["", stop]})), disable_tqdm=True)
     assert cut == free[: free.index(stop)] and empty
+
+
+def test_a_special_token_stops_generation(lm, monkeypatch):
+    """It is in no decoded text, so the text does not tell."""
+    found = []
+    monkeypatch.setattr(lm.scorer, "generate", lambda prompts, decoding, *_: found.append(decoding.stop_ids))
+    end, settings = lm.tokenizer.token_to_id("<|im_end|>"), {"max_gen_toks": 4, "until": ["<|im_end|>", "def", "\n"]}
+    lm._generate([], settings | {"do_sample": False, "temperature": 0.0}, lambda _: None)
+    assert end not in lm._stop_ids and found == [(*lm._stop_ids, end)]
+
+
+def test_an_id_outside_the_vocabulary_is_refused(lm, monkeypatch):
+    monkeypatch.setattr(lm, "config", lm.config.replace(vocab_size=300))
+    with pytest.raises(InputError, match="has id .* but the model's vocabulary ends at 299"):
+        lm.loglikelihood(ask("loglikelihood", ("def f(x):", " return x")), disable_tqdm=True)
 
 
 def test_no_room_for_a_prompt_is_said(lm):

@@ -62,3 +62,15 @@ def test_keys_and_fingerprints_tell_apart(tmp_path):
     for at in (0, 150_000, 299_999):
         (tmp_path / "weights").write_bytes(bytes(at) + b"\1" + bytes(299_999 - at))
         assert fingerprint(tmp_path) != before
+
+
+def test_answers_may_lie_beside_the_weights(tmp_path):
+    (tmp_path / "params").mkdir()
+    (tmp_path / "params" / "d").write_bytes(b"x")
+    before = fingerprint(tmp_path)
+    record = Record(tmp_path / "eval", {}, resume=False)
+    record.append(LINES)
+    record.close()
+    assert fingerprint(tmp_path) == before
+    (tmp_path / "params" / "d").write_bytes(b"y")
+    assert fingerprint(tmp_path) != before
