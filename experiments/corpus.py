@@ -1,7 +1,8 @@
 """Text that every machine with Python has: the standard library's sources and its reference prose (PSF licence).
 
 A document is one source file or one topic of `pydoc_data.topics`. Near-copies are dropped, so that no held-out document
-has a twin in the training part; a hash of its name decides which part a document belongs to.
+has a twin in the training part; a hash of its name decides which part a document belongs to. Of the caller's own files
+only exact copies are.
 """
 
 from __future__ import annotations
@@ -67,8 +68,12 @@ def read_files(paths: Iterable[Path]) -> list[Document]:
 
 
 def from_files(paths: Iterable[Path]) -> Corpus:
-    """The caller's own files, deduplicated and split."""
-    return split(deduplicate(read_files(paths)))
+    """The caller's own files, split. All of them count, but for empty ones and exact copies of others."""
+    documents: dict[str, Document] = {}
+    for document in read_files(paths):
+        if document.text.strip():
+            documents.setdefault(document.text, document)
+    return split(list(documents.values()))
 
 
 def _sources() -> list[Document]:
@@ -119,8 +124,7 @@ def split(documents: Sequence[Document]) -> Corpus:
     held_out = [d for d in documents if d.name in chosen]
     if not train or not held_out:
         raise InputError(
-            f"{len(documents)} documents are too few to hold one out; give at least two that differ (what has less "
-            f"than {_SMALLEST} bytes or is mostly copied is left out)"
+            f"{len(documents)} documents are too few to hold one out; give at least two that differ and are not empty"
         )
     hashes = [{hashlib.sha256(d.text.encode()).hexdigest() for d in part} for part in (train, held_out)]
     if hashes[0] & hashes[1]:
@@ -172,5 +176,12 @@ def encode(tokenizer: Tokenizer, documents: Iterable[Document]) -> list[Int[np.n
 
 def token_bytes(tokenizer: Tokenizer) -> Int[np.ndarray, " V"]:
     """Bytes of text that each id stands for; special tokens none."""
-    spelled = [tokenizer.id_to_token(i) for i in range(tokenizer.get_vocab_size())]
-    return np.array([0 if i < len(SPECIAL_TOKENS) else len(token) for i, token in enumerate(spelled)], np.int32)
+    found = np.zeros(ids(tokenizer), np.int32)
+    for token, i in tokenizer.get_vocab().items():
+        found[i] = 0 if i < len(SPECIAL_TOKENS) else len(token)
+    return found
+
+
+def ids(tokenizer: Tokenizer) -> int:
+    """One more than the largest id; some below it may have no token."""
+    return max(tokenizer.get_vocab().values()) + 1

@@ -151,10 +151,8 @@ def read_data(text: Sequence[Path] | None, tokenizer: Tokenizer | None, vocab_si
     """
     texts = corpus.standard_library() if text is None else corpus.from_files(text)
     tokenizer = tokenizer or corpus.train_tokenizer(texts.train, vocab_size)
-    if tokenizer.get_vocab_size() > vocab_size:
-        raise InputError(
-            f"the tokenizer has {tokenizer.get_vocab_size()} ids, the model only {vocab_size}; raise vocab_size"
-        )
+    if (ids := corpus.ids(tokenizer)) > vocab_size:
+        raise InputError(f"the tokenizer has {ids} ids, the model only {vocab_size}; raise vocab_size")
     digests = {
         "train_sha256": corpus.digest(texts.train),
         "held_out_sha256": corpus.digest(texts.held_out),
@@ -181,6 +179,8 @@ def _loop(run, state, base, stream, data, config, chosen, checkpoints, show_prog
     look = jax.jit(partial(_look, config=config, chosen=chosen, token_bytes=token_bytes))
     held_out = _some_rows(data.held_out, chosen.tokens_per_row)
     done = int(state.step)
+    # Where every step leaves it: arrays that JAX may move would make the first step another program than the others.
+    state = jax.device_put(state, jax.local_devices()[0])
     bar = tqdm(total=chosen.steps, initial=done, unit="step", disable=not show_progress)
     with run_directory.log(run, done) as write, bar:
         for index in range(done, chosen.steps):

@@ -1,9 +1,12 @@
 """The corpus: parts that share nothing, a tokenizer that loses nothing, rows that lose nothing."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
 
 from experiments import corpus, packing
 from experiments.corpus import BOS, EOS, Document
@@ -65,6 +68,18 @@ def test_near_copies_are_dropped():
     assert corpus.deduplicate([short, short._replace(name="f.py")]) == [short]
 
 
+def test_own_files_all_count(tmp_path):
+    """Short ones, and those that share most of their lines; not empty ones and exact copies."""
+    head = "a system prompt that all of them have, in one long line\n"
+    found = {f"{i:02}.txt": f"{head}question {i}" for i in range(30)}
+    found |= {"empty.txt": " \n", "twin.txt": f"{head}question 3"}
+    for name, text in found.items():
+        (tmp_path / name).write_text(text)
+    parts = corpus.from_files(tmp_path.iterdir())
+    assert sorted(Path(d.name).name for part in parts for d in part) == sorted(found)[:30]
+    assert all(part == sorted(part) for part in parts)
+
+
 def test_the_same_text_in_both_parts_is_refused():
     documents = texts(100)
     held_out = corpus.split(documents).held_out[0]
@@ -98,6 +113,11 @@ def test_text_survives(tokenizer, text):
     assert ids[0] == BOS and ids[-1] == EOS
     assert tokenizer.decode(ids[1:-1].tolist(), skip_special_tokens=False) == text
     assert corpus.token_bytes(tokenizer)[ids].sum() == len(text.encode())
+
+
+def test_ids_without_a_token():
+    with_hole = Tokenizer(models.WordLevel({"<unk>": 0, "three": 14, "four!": 17}, unk_token="<unk>"))
+    assert corpus.token_bytes(with_hole).tolist() == [*[0] * 14, 5, 0, 0, 5]
 
 
 def test_a_prompt_begins_as_a_document_does(tokenizer):

@@ -189,12 +189,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_layer(path, where
     assert run_directory.read_log(tmp_path / "run") == []
 
 
-def test_adapters_train_and_come_out_as_a_checkpoint(whole_run, text, tmp_path, capsys):
+def test_adapters_train_and_come_out_as_a_checkpoint(whole_run, text, tmp_path, capsys, caplog):
     start_from = tmp_path / "base"
     shutil.copytree(whole_run / run_directory.MODEL, start_from)
     (start_from / "chat_template.jinja").write_text("{{ messages }}")
     settings = Settings(**SHORT, lora=("in_proj", "experts_.*"), lora_rank=2)
-    train.train(tmp_path / "run", settings, init=start_from, text=text, show_progress=False)
+    with jax.log_compiles():
+        train.train(tmp_path / "run", settings, init=start_from, text=text, show_progress=False)
+    assert sum("Finished XLA compilation of jit(step)" in line for line in caplog.messages) == 1
     report = capsys.readouterr().out
     assert "in_proj" in report and "experts_up_proj" in report
     (_, before), (_, after) = nemojax.load(start_from), nemojax.load(tmp_path / "run" / run_directory.MODEL)
