@@ -242,10 +242,13 @@ def require(config: Config, names: Iterable[str], where: str) -> list[Entry]:
             f"{advice}"
         )
     if extra:
-        raise InputError(
-            f"{where}: {len(extra)} tensors are not part of this model, first {_some(extra)}; the config.json does not "
-            f"describe this checkpoint, or it is of a kind that is not supported (quantised, adapters, other layers)"
+        advice = (
+            "the config.json does not describe this checkpoint, or it is of a kind that is not supported (quantised, "
+            "adapters, other layers)"
         )
+        if config.tie_word_embeddings and extra == ["lm_head.weight"]:
+            advice = "set tie_word_embeddings to false in its config.json to use it, or remove it from the checkpoint"
+        raise InputError(f"{where}: {len(extra)} tensors are not part of this model, first {_some(extra)}; {advice}")
     return found
 
 

@@ -8,6 +8,7 @@ later calls (speculative decoding rolls back by keeping it).
 from __future__ import annotations
 
 import functools
+import numbers
 from typing import Any, NamedTuple
 
 import jax
@@ -84,8 +85,8 @@ def init_cache(
       InputError: `batch` or `max_len` is not positive, or `state_dtype` is another.
     """
     for name, value in (("batch", batch), ("max_len", max_len)):
-        if value < 1:
-            raise InputError(f"init_cache: {name} must be at least 1, got {value}")
+        if not isinstance(value, numbers.Integral) or value < 1:
+            raise InputError(f"init_cache: {name} must be a whole number, at least 1, got {value}")
     if state_dtype not in STATE_DTYPES:
         raise InputError(f"init_cache: state_dtype must be one of {', '.join(STATE_DTYPES)}, got {state_dtype!r}")
     if mesh is None:

@@ -16,17 +16,20 @@ from nemojax.forward import CAPTURES
 
 
 def known(value: Any) -> bool:
-    """Whether the value can be looked at, which it cannot while JAX traces."""
-    return not isinstance(value, jax.core.Tracer)
+    """Whether the value can be looked at: JAX does not trace, and no other process has parts of it."""
+    if isinstance(value, jax.core.Tracer):
+        return False
+    return not isinstance(value, jax.Array) or value.is_fully_addressable or value.is_fully_replicated
 
 
 def call(
     config: Config, tokens: Any, segment_ids: Any, cache: Cache | None, mtp: bool, capture: Sequence[str]
 ) -> tuple[jax.Array, jax.Array | None]:
     """Checks the arguments of `Nemotron.__call__`; returns tokens and segment ids as int32 arrays."""
-    tokens = ids("tokens", tokens)
     if segment_ids is not None:
         segment_ids = ids("segment_ids", segment_ids)
+    tokens = ids("tokens", tokens, segment_ids)
+    if segment_ids is not None:
         if segment_ids.shape != tokens.shape:
             raise InputError(f"segment_ids has shape {segment_ids.shape}, tokens {tokens.shape}; they must be equal")
         if known(segment_ids):
@@ -47,15 +50,19 @@ def call(
     return tokens, segment_ids
 
 
-def ids(name: str, value: Any) -> jax.Array:
-    """An int32 array [B, T] with at least one token, or an error that names the argument."""
+def ids(name: str, value: Any, segment_ids: jax.Array | None = None) -> jax.Array:
+    """An int32 array [B, T] with at least one token, or an error that names the argument; pads may hold anything."""
     array = value if isinstance(value, jax.Array) else np.asarray(value)
     if not np.issubdtype(array.dtype, np.integer):
         raise InputError(f"{name} must hold integers, got dtype {array.dtype}")
     if array.ndim != 2 or 0 in array.shape:
         raise InputError(f"{name} must have shape [batch, tokens] with at least one of each, got {array.shape}")
-    if array.dtype.itemsize > 4 and known(array) and np.any(np.abs(np.asarray(array)) > np.iinfo(np.int32).max):
-        raise InputError(f"{name} has values that do not fit int32")
+    if array.dtype.itemsize > 4 and known(array):
+        wide = np.abs(np.asarray(array)) > np.iinfo(np.int32).max
+        if segment_ids is not None and known(segment_ids) and segment_ids.shape == array.shape:
+            wide &= np.asarray(segment_ids) > 0
+        if wide.any():
+            raise InputError(f"{name} has values that do not fit int32")
     return jnp.asarray(array, jnp.int32)
 
 
@@ -103,13 +110,12 @@ def _check_cache(config: Config, cache: Cache, shape: tuple[int, int]) -> None:
     if cache.length.shape != (batch,):
         raise InputError(f"cache has {cache.length.shape[0]} rows, tokens {batch}; make it with batch={batch}")
     _check_states(config, cache, batch)
-    if known(cache.length):
-        used = int(np.asarray(cache.length).max())
-        if used + length > cache.max_len:
-            raise InputError(
-                f"cache is full: {used} of {cache.max_len} slots are used and the call brings {length} tokens; make it "
-                f"with max_len of at least {used + length}"
-            )
+    used = int(np.asarray(cache.length).max()) if known(cache.length) else 0
+    if used + length > cache.max_len:
+        raise InputError(
+            f"cache is full: {used} of {cache.max_len} slots are used and the call brings {length} tokens; make it "
+            f"with max_len of at least {used + length}"
+        )
 
 
 def _check_states(config: Config, cache: Cache, batch: int) -> None:

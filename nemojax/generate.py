@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import numbers
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -74,7 +74,7 @@ def generate(
     config, ends = model.config, end_ids(model.config, stop_ids)
     tokens, segment_ids = _prompts(tokens, segment_ids)
     tokens, segment_ids = checks.call(config, tokens, segment_ids, None, False, ())
-    if not 1 <= max_new_tokens <= _MOST:
+    if not isinstance(max_new_tokens, numbers.Integral) or not 1 <= max_new_tokens <= _MOST:
         raise InputError(f"max_new_tokens must be at least 1 and at most {_MOST}, got {max_new_tokens}")
     check_sampling(temperature, top_k, top_p)
     if checks.known(segment_ids) and segment_ids is not None and not np.asarray((segment_ids > 0).any(axis=1)).all():
@@ -104,7 +104,9 @@ def _key(key):
         return key
     if not -(2**63) <= key < 2**63:
         raise InputError(f"key: a seed has 64 bits, got {key}")
-    return jax.random.key(int(key))
+    low, high = (np.uint32(int(key) >> shift & 0xFFFFFFFF) for shift in (0, 32))
+    key = jax.random.key(low)
+    return jax.random.fold_in(key, high) if high else key
 
 
 def end_ids(config: Config, given: Sequence[int] | None = None) -> tuple[int, ...]:
@@ -112,6 +114,9 @@ def end_ids(config: Config, given: Sequence[int] | None = None) -> tuple[int, ..
     if given is None:
         eos = config.eos_token_id
         given = () if eos is None else eos if isinstance(eos, tuple) else (eos,)
+    limit = np.iinfo(np.int32)
+    if not isinstance(given, Iterable) or not all(limit.min <= int(i) <= limit.max for i in given):
+        raise InputError(f"stop_ids must be a sequence of token ids, got {given!r}")
     return tuple(int(i) for i in given)
 
 
@@ -147,8 +152,8 @@ def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -
             raise InputError(f"{name} must be a number, got {value!r}")
     if not 0 <= temperature < float("inf"):
         raise InputError(f"temperature must be 0 or a positive number, got {temperature}")
-    if top_k is not None and not top_k >= 1:
-        raise InputError(f"top_k must be at least 1, got {top_k}")
+    if top_k is not None and not (top_k == int(top_k) and top_k >= 1):
+        raise InputError(f"top_k must be a whole number, at least 1, got {top_k}")
     if top_p is not None and not 0 < top_p <= 1:
         raise InputError(f"top_p must be above 0 and at most 1, got {top_p}")
 

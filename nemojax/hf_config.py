@@ -85,7 +85,7 @@ def generation_ends(directory: Path) -> int | tuple[int, ...] | None:
     For chat models it has the end of a turn besides the end of text, which is all that `config.json` knows.
     """
     path = directory / "generation_config.json"
-    eos = _read(path).get("eos_token_id") if path.exists() else None
+    eos = (_read(path).get("eos_token_id") if path.exists() else None) or None  # an empty list says nothing
     return tuple(eos) if isinstance(eos, list) else eos
 
 
@@ -110,7 +110,7 @@ def _parse(raw: dict) -> Config:
     if model_type != "nemotron_h":
         raise InputError(f"model_type is {model_type!r}; only 'nemotron_h' models are supported")
     for key, allowed in _SUPPORTED_VALUES.items():
-        if key in raw and raw[key] not in allowed:
+        if key in raw and raw[key] not in allowed and not (raw[key] is None and False in allowed):
             raise InputError(f"{key} is {raw[key]!r}; only {allowed[0]!r} is supported (every released model has it)")
     pattern = _pattern(raw)
     if "E" in pattern and raw.get("n_shared_experts", 1) != 1:
@@ -151,16 +151,9 @@ def _require(fields: dict, kinds: str) -> None:
 
 def _pattern(raw: dict) -> str:
     """The layer letters, from a pattern string or from a list of type names of either vintage."""
-    found = {}
-    if raw.get("hybrid_override_pattern") is not None:
-        found["hybrid_override_pattern"] = _letters_from_string(raw, "hybrid_override_pattern")
-    for key in ("layers_block_type", "layer_types"):
-        if raw.get(key) is not None:
-            found[key] = _letters_from_list(raw, key)
+    found = _letters(raw, "hybrid_override_pattern", "layers_block_type", "layer_types")
     if not found:
         raise InputError("neither hybrid_override_pattern nor layers_block_type is given; the layer order is unknown")
-    if len(set(found.values())) > 1:
-        raise InputError(f"{' and '.join(found)} describe different layers; keep one")
     key, pattern = next(iter(found.items()))
     layers = raw.get("num_hidden_layers")
     if layers is not None and layers != len(pattern):
@@ -174,11 +167,17 @@ def _mtp_pattern(raw: dict) -> str:
         return ""
     if depth != 1:
         raise InputError(f"num_nextn_predict_layers is {depth!r}; 0 or 1 is supported (every released model has it)")
-    if raw.get("mtp_hybrid_override_pattern") is not None:
-        return _letters_from_string(raw, "mtp_hybrid_override_pattern")
-    if raw.get("mtp_layers_block_type") is not None:
-        return _letters_from_list(raw, "mtp_layers_block_type")
-    return "*E"
+    found = _letters(raw, "mtp_hybrid_override_pattern", "mtp_layers_block_type")
+    return next(iter(found.values()), "*E")
+
+
+def _letters(raw: dict, string: str, *lists: str) -> dict[str, str]:
+    """The letters by each of the keys that there are, all the same."""
+    found = {string: _letters_from_string(raw, string)} if raw.get(string) is not None else {}
+    found |= {key: _letters_from_list(raw, key) for key in lists if raw.get(key) is not None}
+    if len(set(found.values())) > 1:
+        raise InputError(f"{' and '.join(found)} describe different layers; keep one")
+    return found
 
 
 def _letters_from_string(raw: dict, key: str) -> str:
@@ -198,7 +197,7 @@ def _letters_from_list(raw: dict, key: str) -> str:
     if not isinstance(names, list) or not names:
         raise InputError(f"{key} must be a non-empty list of layer types, got {names!r}")
     for position, name in enumerate(names):
-        if name not in _TYPE_LETTERS:
+        if not isinstance(name, str) or name not in _TYPE_LETTERS:
             known = ", ".join(_TYPE_LETTERS)
             raise InputError(f"{key} has unknown layer type {name!r} at position {position}; known: {known}")
     return "".join(_TYPE_LETTERS[name] for name in names)

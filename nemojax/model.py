@@ -44,7 +44,7 @@ class Nemotron(nn.Module):
     `model.init(key, tokens)["params"]` makes parameters without running the layers;
     `model.apply({"params": params}, tokens, ...)` is a pure function to hand to `jax.jit`, `jax.vmap` and `jax.grad`.
     Its operations have gradients of their own: forward mode (`jax.jvp`) and gradients of gradients exist only with
-    `implementation="reference"`.
+    `implementation="reference"`, and not through an exchange of experts' rows over a mesh.
 
     Attributes:
       config: the model's configuration.

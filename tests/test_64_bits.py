@@ -6,7 +6,8 @@ import pytest
 from layouts import DOCUMENTS
 from tiny import perturbed_params, tiny_config
 
-from nemojax import Nemotron, generate, init_cache
+from nemojax import Nemotron, generate, init_cache, make_mesh
+from nemojax.sharding import param_shardings
 
 CONFIG = tiny_config("M*E", mtp_pattern="*")
 LONG = np.tile(DOCUMENTS[:1], (1, 60))[:, :300]
@@ -35,6 +36,18 @@ def test_64_bit_mode_changes_nothing():
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert a.dtype == b.dtype
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * np.abs(b).max())
+
+
+@pytest.mark.parametrize("dispatch", ["ring", "all_to_all"])
+def test_nor_over_a_mesh(dispatch):
+    config, mesh = tiny_config("E"), make_mesh("expert=4")
+    params, tokens = perturbed_params(config), np.tile(DOCUMENTS, (2, 1))[:4]
+    apply = lambda model, params: jax.jit(model.apply)({"params": params}, tokens).logits
+    expected = apply(Nemotron(config), params)
+    with jax.enable_x64(True):
+        sharded = jax.device_put(params, param_shardings(config, mesh))
+        found = apply(Nemotron(config, mesh=mesh, dispatch=dispatch), sharded)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("kind", "M*E")

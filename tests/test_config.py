@@ -8,7 +8,7 @@ import pytest
 from tiny import tiny_config
 
 from nemojax import Config, InputError, num_params, preset, preset_names
-from nemojax.hf_config import config_to_hf
+from nemojax.hf_config import config_to_hf, generation_ends
 
 pytestmark = pytest.mark.usefixtures("annotations_off")
 
@@ -182,6 +182,15 @@ def test_mtp_dialects(keys):
     assert Config.from_hf(BASE | {"num_nextn_predict_layers": 1} | keys).mtp_pattern == "*E"
 
 
+def test_null_is_no_bias():
+    assert Config.from_hf(BASE | {"mlp_bias": None, "attention_bias": None}) == Config.from_hf(BASE)
+
+
+def test_ends_of_an_empty_list_are_those_of_the_config(tmp_path):
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": []}')
+    assert generation_ends(tmp_path) is None
+
+
 def test_list_of_stop_ids():
     assert Config.from_hf(BASE | {"eos_token_id": [2, 11]}).eos_token_id == (2, 11)
 
@@ -193,6 +202,17 @@ REFUSED_HF = {
     "layer-count": (BASE | {"num_hidden_layers": 7}, "num_hidden_layers is 7 but hybrid_override_pattern has 6"),
     "unknown-layer": (NO_PATTERN | {"layers_block_type": ["mamba", "conv"]}, "layer type 'conv' at position 1"),
     "two-patterns": (BASE | {"layers_block_type": OLD_NAMES[::-1]}, "describe different layers"),
+    "two-mtp-patterns": (
+        BASE
+        | {
+            "num_nextn_predict_layers": 1,
+            "mtp_hybrid_override_pattern": "*E",
+            "mtp_layers_block_type": ["moe"],
+        },
+        "mtp_hybrid_override_pattern and mtp_layers_block_type describe different layers",
+    ),
+    "layer-in-a-list": (NO_PATTERN | {"layers_block_type": [["moe"]]}, r"unknown layer type \['moe'\] at position 0"),
+    "no-activation": (BASE | {"mlp_hidden_act": None}, "mlp_hidden_act is None; only 'relu2'"),
     "aliases-disagree": (BASE | {"mamba_n_groups": 4}, "n_groups=2 and mamba_n_groups=4 disagree"),
     "bias": (BASE | {"attention_bias": True}, "attention_bias is True; only False"),
     "activation": (BASE | {"mlp_hidden_act": "silu"}, "mlp_hidden_act is 'silu'; only 'relu2'"),

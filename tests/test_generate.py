@@ -173,6 +173,13 @@ def test_frequencies_are_those_of_the_softmax(temperature):
     check_frequencies(tokens, softmax(logits / temperature))
 
 
+def test_all_64_bits_of_a_seed_count():
+    draw = lambda key: tuple(new_tokens(temperature=2.0, key=key).reshape(-1).tolist())
+    seeds = [0, 1, 2**31, 2**32, 2**32 + 1, 2**40, 2**63 - 1, -1, -(2**63)]
+    assert len({draw(seed) for seed in seeds}) == len(seeds)
+    assert draw(5) == draw(np.uint8(5)) == draw(jax.random.key(5))
+
+
 def test_frequencies_with_top_k():
     tokens, logits = next_token_of_many(temperature=1.0, top_k=8)
     kept = logits >= np.sort(logits)[-8]
@@ -232,7 +239,11 @@ REFUSED = {
     "seed-too-large": (dict(key=2**63), "a seed has 64 bits, got 9223372036854775808"),
     "temperature": (dict(temperature=-0.5), "temperature must be 0 or a positive number, got -0.5"),
     "temperature-nan": (dict(temperature=float("nan")), "temperature must be 0 or a positive number, got nan"),
-    "top-k": (dict(top_k=0), "top_k must be at least 1, got 0"),
+    "part-of-a-token": (dict(max_new_tokens=2.5), "max_new_tokens must be at least 1 .* got 2.5"),
+    "one-stop": (dict(stop_ids=3), "stop_ids must be a sequence of token ids, got 3"),
+    "wide-stop": (dict(stop_ids=[2**40]), r"stop_ids must be a sequence of token ids, got \[1099511627776\]"),
+    "top-k": (dict(top_k=0), "top_k must be a whole number, at least 1, got 0"),
+    "top-k-part": (dict(top_k=2.5), "top_k must be a whole number, at least 1, got 2.5"),
     "top-p-zero": (dict(top_p=0.0), "top_p must be above 0 and at most 1, got 0.0"),
     "top-p-large": (dict(top_p=1.5), "top_p must be above 0 and at most 1, got 1.5"),
     "no-prompt": (dict(tokens=[]), "no prompt given"),

@@ -192,6 +192,13 @@ CACHES = {
 }
 
 
+def test_a_cache_without_room_for_the_call_is_refused_in_jit_too():
+    """Both numbers are known there."""
+    config = tiny_config("M*")
+    with pytest.raises(InputError, match="cache is full: 0 of 16 slots are used and the call brings 20 tokens"):
+        run(config, DOCUMENTS, None, init_cache(config, 3, 16))
+
+
 @pytest.mark.parametrize("make, message", CACHES.values(), ids=CACHES)
 def test_refused_cache(make, message):
     config = tiny_config("M*")
@@ -207,7 +214,7 @@ def test_mtp_with_a_cache_is_refused():
 
 @pytest.mark.parametrize("batch, max_len, name", [(0, 4, "batch"), (2, 0, "max_len")])
 def test_refused_size_of_a_cache(batch, max_len, name):
-    with pytest.raises(InputError, match=f"init_cache: {name} must be at least 1, got 0"):
+    with pytest.raises(InputError, match=f"init_cache: {name} must be a whole number, at least 1, got 0"):
         init_cache(tiny_config("M"), batch, max_len)
 
 
@@ -217,6 +224,23 @@ def test_pads_may_hold_any_id_outside_jit_too():
     segment_ids = changed(TOKENS, np.s_[:, 0], 0)
     expected = apply(TOKENS, segment_ids).logits
     np.testing.assert_array_equal(apply(changed(TOKENS, np.s_[:, 0], 999), segment_ids).logits, expected)
+    wide = changed(np.asarray(TOKENS, np.int64), np.s_[:, 0], 2**40)
+    np.testing.assert_array_equal(apply(wide, segment_ids).logits, expected)
+
+
+@pytest.mark.parametrize("pattern, tokens", [("ME*", 20), ("E", 1), ("-", 1), ("-", 20)])
+def test_forward_mode_of_the_reference(pattern, tokens):
+    """Along a direction it gives what the gradient does, and so does the gradient of a gradient."""
+    config = tiny_config(pattern, hidden_size=128, intermediate_size=32)
+    params, ids = perturbed_params(config), np.arange(2 * tokens).reshape(2, -1)[: 1 if tokens == 1 else 2] % 50
+    loss = lambda p: jnp.square(Nemotron(config, "reference").apply({"params": p}, ids).logits).mean()
+    value, slope = jax.jit(lambda p: jax.jvp(loss, (p,), (p,)))(params)
+    dot = lambda a, b: sum(jnp.vdot(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+    assert value > 0
+    np.testing.assert_allclose(slope, dot(jax.grad(loss)(params), params), rtol=1e-4)
+    along = lambda p: dot(jax.grad(loss)(p), params)
+    twice = jax.jit(lambda p: (dot(jax.grad(along)(p), params), jax.jvp(along, (p,), (params,))[1]))(params)
+    np.testing.assert_allclose(*twice, rtol=1e-3)
 
 
 # ------------------------------------------------------------------------------------- inside jit nothing can raise

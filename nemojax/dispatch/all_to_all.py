@@ -46,7 +46,7 @@ def dispatch(
     def compute(start):
         at = jnp.where((place >= start) & (place < start + buffer), place - start, buffer)
         row, destination = (jnp.broadcast_to(a, at.shape) for a in (jnp.arange(rows)[:, None], jnp.arange(axis.size)))
-        sent = jnp.zeros((axis.size, buffer), jnp.int32).at[destination, at].set(row, mode="drop")
+        sent = jnp.zeros((axis.size, buffer), jnp.int32).at[destination, at].set(row.astype(jnp.int32), mode="drop")
         counts = jnp.clip(wanted.sum(axis=0) - start, 0, buffer)
         received = jax.lax.all_to_all(counts, axis.name, 0, 0, tiled=True)
         x_in, ids_in, weights_in = (exchange(a[sent], counts, received, axis) for a in (x, ids, weights))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -112,24 +111,21 @@ class _Pairs(NamedTuple):
 
 def _computed(x, weights, pairs, up, down, sizes, implementation):
     """What the experts of `pairs` add to each row [R, L], float32; weights [S]."""
+    # JAX can differentiate the plain functions again, and in forward mode.
+    spread, collect = (_rows, _sums) if implementation == "reference" else (_spread, _collect)
     with jax.named_scope("gather"):
-        rows = _spread(implementation, x, pairs)
+        rows = spread(implementation, x, pairs)
     y = expert_mlp(rows, up, down, weights, sizes, implementation=implementation)
     with jax.named_scope("unsort"):
-        return _collect(implementation, y, pairs)
+        return collect(implementation, y, pairs)
 
 
-# Each is the transpose of the other: so the gradients are gathers too, and sums over a row's pairs are in float32.
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _spread(implementation, x, pairs):
+def _rows(implementation, x, pairs):
     """The row of each place, [R, L] -> [S, L]."""
     return gather_rows(x, pairs.row, implementation=implementation)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _collect(implementation, y, pairs):
+def _sums(implementation, y, pairs):
     """The sum over the places of each row, [S, L] -> [R, L] float32."""
     del implementation
     # One gather a choice, which fuse into one pass; a gather of all and a sum would be three.
@@ -137,6 +133,10 @@ def _collect(implementation, y, pairs):
     if pairs.here is not None:
         parts = (jnp.where(pairs.here[:, k, None], part, 0) for k, part in enumerate(parts))
     return sum(parts)
+
+
+# Each is the transpose of the other: so the gradients are gathers too, and sums over a row's pairs are in float32.
+_spread, _collect = (jax.custom_vjp(function, nondiff_argnums=(0,)) for function in (_rows, _sums))
 
 
 def _spread_back(implementation, pairs, dy):

@@ -35,7 +35,7 @@ def relu2_mlp(
             y = token_mlp(row, up[None], down[None], *only, norm=norm, implementation=implementation)
             return y[None].astype(dtype or x.dtype)
     hidden = jnp.square(jax.nn.relu(dot_rows(x, up, implementation=implementation)))
-    return dot_columns(hidden, down, dtype)
+    return dot_columns(hidden, down, dtype, implementation)
 
 
 def mlp(

@@ -41,10 +41,12 @@ def dots_rows(x: Input, weights: Sequence[Array], dtype: Any = None, implementat
     return [rearrange(y, "(b t) o -> b t o", b=batch) for y in products]
 
 
-def dot_columns(h: Float[Array, "B T F"], weight: Float[Array, "F D"], dtype: Any = None) -> Float[Array, "B T D"]:
+def dot_columns(
+    h: Float[Array, "B T F"], weight: Float[Array, "F D"], dtype: Any = None, implementation: str | None = None
+) -> Float[Array, "B T D"]:
     """`y[b, t, d] = sum_f h[b, t, f] weight[f, d]` in `dtype`, default that of `h`."""
     dtype = dtype or h.dtype
-    if h.shape[:2] != (1, 1):
+    if h.shape[:2] != (1, 1) or implementation == "reference":
         return jnp.einsum("btf,fd->btd", h, weight, preferred_element_type=dtype)
     return matvec.dot_columns(h[0], weight, dtype)[None]
 

@@ -124,6 +124,11 @@ SOURCES = {
         "tensors are missing, first mtp.",
         "set num_nextn_predict_layers to 0",
     ),
+    "a head of its own beside a tied one": (
+        lambda d: write_hf(d, SMALL.replace(tie_word_embeddings=True), arrays_of(SMALL)),
+        "1 tensors are not part of this model, first lm_head.weight",
+        "set tie_word_embeddings to false",
+    ),
     "missing shard": (damaged(lambda d: (d / SHARD).unlink()), SHARD, "does not exist", "download it"),
     "index names a missing file": (index_to("model-00009.safetensors"), "model-00009.safetensors", "download it"),
     "index leaves the directory": (index_to("../secret.safetensors"), INDEX_NAME, NORM, "'../secret.safetensors'"),
