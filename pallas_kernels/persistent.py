@@ -3,6 +3,12 @@
 A producer warpgroup fills a ring of stages by TMA, a tile of each operand in a stage, or of the second alone where the
 first is small and stays; it runs ahead across items, so the ring never drains. One or two consumer warpgroups multiply:
 wgmma reads both operands from shared memory.
+
+    barrier of a slot   completes with                     waited for by
+    full                its copies                         every consumer
+    empty               every consumer of the cluster      the producer, before it fills the slot again
+
+Whoever waits for a barrier waits for each of its phases, once: the producer for the last ones too, when it is done.
 """
 
 from __future__ import annotations
@@ -132,46 +138,69 @@ def _produce(ring, walk, item_at, load, stages):
 
 
 def _consume(ring, walk, item_at, product, finish, thread, blocks):
+    top = thread * MATRIX_ROWS
+
     def one(number, step):
-        item = item_at(number)
-        slot_of = lambda k: lax.rem(step + k, blocks.stages)
-        release = lambda k: plgpu.barrier_arrive(ring.empty.at[slot_of(k)])
-        top = thread * MATRIX_ROWS
-
-        def pass_on():
-            @pl.loop(0, item.steps)
-            def _(k):
-                plgpu.barrier_wait(ring.full.at[slot_of(k)])
-                if blocks.cluster > 1:
-                    # One warp releases a slot to all blocks, and must not run a whole round ahead of those that wait:
-                    # this is a barrier of the warpgroup. (Where it multiplies, wgmma keeps its warps together.)
-                    plgpu.commit_smem()
-                release(k)
-
-        def compute():
-            def multiply(acc):
-                @pl.loop(0, item.steps)
-                def _(k):
-                    plgpu.barrier_wait(ring.full.at[slot_of(k)])
-                    product(acc, slot_of(k), pl.ds(pl.multiple_of(top, MATRIX_ROWS), MATRIX_ROWS), k)
-                    plgpu.wgmma_wait(blocks.in_flight)
-                    if blocks.in_flight:
-                        pl.when(k > 0)(lambda: release(k - 1))
-                    else:
-                        release(k)
-
-                return acc[...]
-
-            result = pl.run_scoped(multiply, plgpu.ACC((MATRIX_ROWS, blocks.columns), jnp.float32))
-            if blocks.in_flight:
-                pl.when(item.steps > 0)(lambda: release(item.steps - 1))
-            finish(item, thread, top, result)
-
-        lax.cond(item.end > top, compute, pass_on)
+        item, slots = item_at(number), _Slots(ring, step, blocks.stages)
+        multiply = lambda: finish(item, thread, top, _multiply(item, slots, top, product, blocks))
+        lax.cond(item.end > top, multiply, lambda: _pass_on(item, slots, blocks))
         return step + item.steps
 
     walk(one, jnp.int32(0))
     plgpu.wait_smem_to_gmem(0)
+
+
+class _Slots(NamedTuple):
+    """The slots of an item's steps; `first` counts the steps of the thread block before them."""
+
+    ring: Ring
+    first: Any
+    stages: int
+
+    def at(self, k):
+        return lax.rem(self.first + k, self.stages)
+
+    def await_full(self, k):
+        plgpu.barrier_wait(self.ring.full.at[self.at(k)])
+
+    def release(self, k):
+        plgpu.barrier_arrive(self.ring.empty.at[self.at(k)])
+
+
+def _multiply(item, slots, top, product, blocks):
+    """The sums of 64 rows from `top` on. With a product in flight, a slot is released a step later, when it is read."""
+    rows = pl.ds(pl.multiple_of(top, MATRIX_ROWS), MATRIX_ROWS)
+
+    def sum_up(acc):
+        @pl.loop(0, item.steps)
+        def _(k):
+            slots.await_full(k)
+            product(acc, slots.at(k), rows, k)
+            plgpu.wgmma_wait(blocks.in_flight)
+            if blocks.in_flight:
+                pl.when(k > 0)(lambda: slots.release(k - 1))
+            else:
+                slots.release(k)
+
+        return acc[...]
+
+    sums = pl.run_scoped(sum_up, plgpu.ACC((MATRIX_ROWS, blocks.columns), jnp.float32))
+    if blocks.in_flight:
+        pl.when(item.steps > 0)(lambda: slots.release(item.steps - 1))
+    return sums
+
+
+def _pass_on(item, slots, blocks):
+    """Releases the slots of an item that has nothing for this consumer."""
+
+    @pl.loop(0, item.steps)
+    def _(k):
+        slots.await_full(k)
+        if blocks.cluster > 1:
+            # One warp releases a slot to all blocks, and must not run a whole round ahead of those that wait: this is a
+            # barrier of the warpgroup. (Where it multiplies, wgmma keeps its warps together.)
+            plgpu.commit_smem()
+        slots.release(k)
 
 
 def launch(
@@ -190,7 +219,8 @@ def launch(
     Args:
       out: shape and dtype of the result, or a tuple of such.
       tiles: shapes of both tiles of a stage, in bfloat16; None for a first operand that is not in the ring.
-      exact_layouts: shared memory is laid out as it is declared; else the compiler may tile what is not.
+      exact_layouts: shared memory is laid out as it is declared, so that single rows of it can be stored; else the
+        compiler may tile what is not.
       before: see `mosaic.early`.
     """
     semantics = plgpu.LoweringSemantics.Lane if exact_layouts else plgpu.LoweringSemantics.Warpgroup

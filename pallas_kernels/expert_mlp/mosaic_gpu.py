@@ -183,9 +183,10 @@ def _send(acc, slots, target):
 def _send_rows(acc, factors, slots, buffer, target, first, count):
     """Stores `count` rows from `first` on, each times its factor: `_send` for part of 64 rows.
 
-    All 64 at once, or one copy for every power of two in `count`, from a buffer that the compiler lays out in tiles of
-    one row, so that it can be cut at any; `slots` can be cut at multiples of 8. `target(slab, lanes, row, size)` is the
-    memory of `size` rows from `row` on.
+    All 64 at once, or one copy for every power of two in `count`: TMA drops what lies beyond the array, but what lies
+    beyond the group are the next one's rows. These come from a buffer that the compiler lays out in tiles of one row, so
+    that it can be cut at any; `slots` can be cut at multiples of 8. `target(slab, lanes, row, size)` is the memory of
+    `size` rows from `row` on.
     """
     lanes = buffer.shape[-1]
     for slab in range(acc.shape[1] // lanes):
@@ -204,18 +205,23 @@ def _send_rows(acc, factors, slots, buffer, target, first, count):
         def some(slab=slab, fill=fill):
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             fill(buffer)
-            row, size = first, MATRIX_ROWS // 2
-            while size:
+            for row, size, is_there in _powers_of_two(first, count):
 
-                @pl.when((count & size) != 0)
+                @pl.when(is_there)
                 def _(row=row, size=size):
                     memory = target(slab, lanes, row, size)
                     plgpu.copy_smem_to_gmem(buffer.at[pl.ds(row, size)], memory, commit_group=False)
 
-                row, size = row + (count & size), size // 2
             plgpu.commit_smem_to_gmem_group()
 
         lax.cond(count == MATRIX_ROWS, whole, some)
+
+
+def _powers_of_two(first, count):
+    """`count` < 64 rows from `first` on as stretches of 32, 16, ... rows: first row, rows, and whether it is there."""
+    for size in (MATRIX_ROWS >> i for i in range(1, MATRIX_ROWS.bit_length())):
+        yield first, size, (count & size) != 0
+        first += count & size
 
 
 def to_tiles(rows, weights, plan: Plan, activation: Callable) -> jax.Array:

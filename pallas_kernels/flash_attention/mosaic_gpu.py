@@ -188,7 +188,8 @@ def _softmax_loop(wg, low, high, is_whole, s, blocks, scale):
         m_new = jnp.maximum(m, scores.max(axis=1) * scale)
         p, shrink = jnp.exp2(scores * scale - parts.across(m_new, shape)), jnp.exp2(m - m_new)
         l = l * shrink + p.sum(axis=1)
-        # Needed a step later, and waited for here: ptxas moves all of the above behind whatever is no barrier.
+        # Needed a step later, and waited for here: without a barrier at this place, ptxas moves the softmax behind the
+        # wait for the product that should run meanwhile.
         plgpu.barrier_wait(s.v_ready.at[slot])
         if clear:
             pl.when(~is_whole(j))(lambda: _clear_pads(s.v.at[slot], s.key_document.at[slot]))

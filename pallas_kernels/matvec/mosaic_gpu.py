@@ -108,7 +108,11 @@ class _Item(NamedTuple):
 
 
 class _Places(NamedTuple):
-    """Numbers from 0 on, dealt out to the matrices of the stacks in turn: `each` of a stack to each of its matrices."""
+    """Numbers from 0 on, dealt out to the matrices of the stacks in turn: `each` of a stack to each of its matrices.
+
+    Six experts of 16 numbers each and one matrix of 31 have `first` (0, 96), `each` (16, 31) and `total` 127: number 20
+    is number 4 of the second expert, number 100 number 4 of the single matrix.
+    """
 
     first: tuple[int, ...]
     each: tuple[int, ...]
@@ -132,7 +136,7 @@ class _Places(NamedTuple):
         return which, pair, pick([matrix(index) for index in indices]), rest
 
 
-def _of(which, runs):
+def _switch(which, runs):
     """Runs the function that belongs to stack `which`."""
     for i, run in enumerate(runs):
         pl.when(which == i)(run)
@@ -170,7 +174,7 @@ def rows_dot(
             if not stays:
                 plgpu.copy_gmem_to_smem(inputs[0].at[:, part], ring.a.at[slot, pl.ds(0, x.shape[0])], full)
             tile = lambda m: _tile(m, item.matrix, item.column, k, blocks)
-            _of(item.which, [lambda m=m: plgpu.copy_gmem_to_smem(tile(m), ring.b.at[slot], full) for m in matrices])
+            _switch(item.which, [lambda m=m: plgpu.copy_gmem_to_smem(tile(m), ring.b.at[slot], full) for m in matrices])
 
         def product(acc, slot, part, k):
             if stays:
@@ -226,7 +230,7 @@ def _fetch_known(matrices, places, begins, blocks, steps):
 
         @pl.loop(0, min(blocks.stages, steps))
         def _(k):
-            _of(which, [lambda m=m: plgpu.async_prefetch(_tile(m, 0, column, k, blocks)) for m in matrices])
+            _switch(which, [lambda m=m: plgpu.async_prefetch(_tile(m, 0, column, k, blocks)) for m in matrices])
 
 
 def _multiply_resident(acc, tiles, weights, k):
@@ -241,7 +245,7 @@ def _finish_rows(value, slot, outs, item, thread, top, acc):
     """`value(acc, item)` to its place in the result of the item's stack."""
     _put(value(acc, item), slot)
     first = item.column * slot.shape[1]
-    _of(item.which, [lambda o=o: _send_rows(slot, o.at[item.pair], first) for o in outs])
+    _switch(item.which, [lambda o=o: _send_rows(slot, o.at[item.pair], first) for o in outs])
 
 
 def _own_rows(y, item, values, each):
@@ -278,7 +282,7 @@ def columns_dot(stacks: Sequence[Stack], hidden: Sequence[jax.Array]) -> jax.Arr
                 block = weights.at[matrix, cut(step, DEPTH), cut(item.column, blocks.columns)]
                 plgpu.copy_gmem_to_smem(block, ring.b.at[slot], full)
 
-            _of(which, [lambda h=h, w=w: copy(h, w) for h, w in zip(hidden, matrices, strict=True)])
+            _switch(which, [lambda h=h, w=w: copy(h, w) for h, w in zip(hidden, matrices, strict=True)])
 
         def product(acc, slot, part, k):
             plgpu.wgmma(acc, ring.a.at[slot, part], ring.b.at[slot])

@@ -12,7 +12,10 @@ in chunks of 64 tokens, its state in registers.
          S           = exp(a_end) S + (x^T exp(a_end - a_s) dt_s) B
      One or two warpgroups load (TMA) and make the links of a head each: C B^T, then the decays. One or two others hold
      64 rows of a state each and run one chunk behind. S and x^T are operands in registers, so the only thing that
-     passes through shared memory is the links, bfloat16.
+     passes through shared memory is the links, bfloat16. While the states pass chunk c, of a ring of `slots`:
+         load    c + slots - 1   into the slot of c - 1, when its last reader has said `consumed`
+         link    c + 1           when `loaded`; says `linked`
+         state   c               when `loaded` and `linked`; says `consumed`
 
 Roofline, Nano (64 heads x 64 in 8 groups, state 128), 8,192 tokens on an H100 (3.35 TB/s, 989 TFLOP/s): x, B, C in and
 y out are 20.5 KB a token, running sums and steps 0.8 KB; four pieces read x and B again for three quarters of the

@@ -251,9 +251,10 @@ def _indices():
 
 
 def _store_scores(scores, distance, ref):
-    """Leaves C_l . B_s of all pairs in shared memory: from token s to l at `distance` > 0, else 0, -0 if l < s.
+    """Leaves C_l . B_s of all pairs in shared memory: from token s to l at `distance` > 0, zero at the same token.
 
-    In registers they, and the places that tell whether l < s, would displace the rest of a unit.
+    Where l < s, it is the other zero, -0, which no score is: so `_load_scores` finds the mask. In registers the scores,
+    and the places that tell whether l < s, would displace the rest of a unit.
     """
     ref[...] = jnp.where(distance > 0, scores + 0.0, jnp.where(distance == 0, 0.0, -0.0))  # no sum with +0 is -0
     plgpu.commit_smem()
