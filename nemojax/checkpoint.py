@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from nemojax.config import Config
 from nemojax.errors import InputError
 from nemojax.hf_config import config_to_hf, generation_ends
 from nemojax.model import Nemotron
+from nemojax.processes import from_first, meet
 from nemojax.sharding import param_shardings
 from nemojax.specs import flatten, map_specs, model_specs
 
@@ -98,7 +101,7 @@ def save(path: str | os.PathLike, config: Config, params: dict[str, Any], *, ove
     """Writes a checkpoint that `load`, `nemojax convert` and plain Orbax read.
 
     Args:
-      path: directory to make.
+      path: directory to make. With several processes, each calls `save`, and all see the directory.
       config: the model's configuration, stored beside the weights.
       params: the parameter tree.
       overwrite: replace a directory that is not empty.
@@ -108,10 +111,40 @@ def save(path: str | os.PathLike, config: Config, params: dict[str, Any], *, ove
     """
     _check_params(config, params)
     needed = sum(leaf.nbytes for _, leaf in flatten(params))
-    with layout.new_directory(Path(path), overwrite=overwrite, needed_bytes=needed) as partial:
-        (partial / layout.CONFIG).write_text(json.dumps(config_to_hf(config), indent=2) + "\n")
+    with _directory_of_all(Path(path), overwrite=overwrite, needed_bytes=needed) as partial:
+        if jax.process_index() == 0:
+            (partial / layout.CONFIG).write_text(json.dumps(config_to_hf(config), indent=2) + "\n")
         with saving():
             ocp.save(partial / layout.PARAMS, params)
+
+
+@contextlib.contextmanager
+def _directory_of_all(target: Path, **options: Any) -> Iterator[Path]:
+    """`layout.new_directory` for all processes: the first makes it and puts it in place, and what it refuses all do."""
+    with contextlib.ExitStack() as made:
+        partial = _by_first(lambda: made.enter_context(layout.new_directory(target, **options)))
+        yield partial
+        meet()  # all have written their part
+        keep = made.pop_all()
+    _by_first(keep.close)
+
+
+def _by_first(act: Callable[[], Any]) -> Any:
+    """What `act` gives in process 0, in every process.
+
+    Raises:
+      InputError: it did there.
+    """
+    found, problem = None, None
+    if jax.process_index() == 0:
+        try:
+            found = act()
+        except InputError as error:
+            problem = error
+    found, problem = from_first((found, problem))
+    if problem is not None:
+        raise problem
+    return found
 
 
 def saving() -> ocp.Context:

@@ -1,7 +1,7 @@
 """One of several processes that load a checkpoint onto one mesh and run it; `processes.py` starts them.
 
 Arguments: checkpoint, mesh, address of the first process, number of processes, this one's number, file for the
-logits or - to load only, in the dtypes that are stored.
+logits, beside which they also save the model, or - to load only, in the dtypes that are stored.
 """
 
 import json
@@ -43,6 +43,13 @@ def main() -> None:
     logits = jax.jit(lambda params: model.apply({"params": params}, tokens).logits)(params)
     new = nemojax.generate(model, params, tokens[:, :9], max_new_tokens=5, stop_ids=())
     logits, new = multihost_utils.process_allgather((logits, new), tiled=True)
+    nemojax.save(f"{OUT}.saved", model.config, params)
+    refused = ""
+    try:
+        nemojax.save(f"{OUT}.saved", model.config, params)
+    except nemojax.InputError as error:
+        refused = str(error)
+    assert "exists and is not empty" in refused, refused
     if PROCESS == "0":
         np.savez(OUT, logits=logits, new=new)
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
-import pickle
 import time
 from typing import Any, NamedTuple
 
@@ -18,17 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Array, Bool, Float, Int
-from orbax.checkpoint import multihost
 
 from nemojax import forward
 from nemojax.cache import Cache, init_cache
 from nemojax.evaluation.buckets import Rows
 from nemojax.generate import Sampling, choose
 from nemojax.model import Nemotron
+from nemojax.processes import from_first, meet
 
 # Logits that exist at one time, in values: 256 MB of float32.
 _LOGITS = 2**26
-_DAY = 24 * 3600 * 1000  # milliseconds
 
 
 @dataclasses.dataclass
@@ -121,13 +118,11 @@ class Engine:
 
     def follow(self) -> None:
         """Runs what process 0 sends, until it stops."""
-        while (step := _broadcast(None)).name != "stop":
+        while (step := from_first(None)).name != "stop":
             self._run(step)
 
     def _send(self, step: Step) -> Any:
-        if jax.process_count() > 1:
-            _broadcast(step)
-        return self._run(step)
+        return self._run(from_first(step))
 
     def _run(self, step: Step) -> Any:
         if step.name == "free":
@@ -155,44 +150,19 @@ class Engine:
             self._programs[key] = jax.jit(function).lower(*arguments).compile()
             self.work.programs += 1
             self.work.compile_seconds += time.perf_counter() - begin
-            _meet()
+            meet()  # each compiles at its own pace
         return self._programs[key]
 
 
 def stop_followers() -> None:
     """Lets the other processes, if there are any, return from `follow`."""
-    if jax.process_count() > 1:
-        _broadcast(Step("stop"))
+    from_first(Step("stop"))
 
 
 def _to_host(array: jax.Array) -> np.ndarray:
     if array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)
     return multihost_utils.process_allgather(array, tiled=True)
-
-
-_meetings = itertools.count()
-
-
-def _meet() -> None:
-    """Waits for the other processes, if there are any.
-
-    Between steps, process 0 reads tasks and each process compiles at its own pace. Collectives on CPU give up after 30
-    seconds without their peers; this waits.
-    """
-    wait = multihost.get_barrier_sync_fn()
-    wait(key=f"nemojax_evaluation_{next(_meetings)}", timeout_ms=_DAY)
-
-
-def _broadcast(step: Step | None) -> Step:
-    """Sends a step from process 0; the others pass None and receive it."""
-    _meet()
-    data = b"" if step is None else pickle.dumps(step)
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
-    # A power of two, so that few lengths of message are compiled.
-    buffer = np.zeros(1 << max(size - 1, 1).bit_length(), np.uint8)
-    buffer[: len(data)] = np.frombuffer(data, np.uint8)
-    return pickle.loads(multihost_utils.broadcast_one_to_all(buffer)[:size].tobytes())
 
 
 # --------------------------------------------------------------------------------------------------- programs

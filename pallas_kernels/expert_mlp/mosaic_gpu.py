@@ -184,9 +184,9 @@ def _send_rows(acc, factors, slots, buffer, target, first, count):
     """Stores `count` rows from `first` on, each times its factor: `_send` for part of 64 rows.
 
     All 64 at once, or one copy for every power of two in `count`: TMA drops what lies beyond the array, but what lies
-    beyond the group are the next one's rows. These come from a buffer that the compiler lays out in tiles of one row, so
-    that it can be cut at any; `slots` can be cut at multiples of 8. `target(slab, lanes, row, size)` is the memory of
-    `size` rows from `row` on.
+    beyond the group are the next one's rows. These come from a buffer that the compiler lays out in tiles of one row,
+    so that it can be cut at any; `slots` can be cut at multiples of 8. `target(slab, lanes, row, size)` is the memory
+    of `size` rows from `row` on.
     """
     lanes = buffer.shape[-1]
     for slab in range(acc.shape[1] // lanes):

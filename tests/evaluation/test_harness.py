@@ -107,9 +107,10 @@ def test_a_special_token_stops_generation(lm, monkeypatch):
     """It is in no decoded text, so the text does not tell."""
     found = []
     monkeypatch.setattr(lm.scorer, "generate", lambda prompts, decoding, *_: found.append(decoding.stop_ids))
-    end, settings = lm.tokenizer.token_to_id("<|im_end|>"), {"max_gen_toks": 4, "until": ["<|im_end|>", "def", "\n"]}
-    lm._generate([], settings | {"do_sample": False, "temperature": 0.0}, lambda _: None)
-    assert end not in lm._stop_ids and found == [(*lm._stop_ids, end)]
+    turn, until = lm.tokenizer.token_to_id("<|im_start|>"), ["<|im_start|>", "def", "\n", "<|im_end|>"]
+    settings = {"max_gen_toks": 4, "until": until, "do_sample": False, "temperature": 0.0}
+    lm._generate([], settings, lambda _: None)
+    assert turn not in lm._stop_ids and found == [(*lm._stop_ids, turn)]
 
 
 def test_an_id_outside_the_vocabulary_is_refused(lm, monkeypatch):

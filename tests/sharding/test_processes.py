@@ -1,4 +1,4 @@
-"""Two processes with half of the devices each: load, forward and generate give what one process gives."""
+"""Two processes with half of the devices each: load, forward, generate and save give what one process gives."""
 
 import jax
 import numpy as np
@@ -30,3 +30,5 @@ def test_two_processes_equal_one(kind, mesh, expected, tmp_path):
     found = np.load(tmp_path / "out.npz")
     np.testing.assert_allclose(found["logits"], expected[0], atol=1e-5 * np.abs(expected[0]).max())
     np.testing.assert_array_equal(found["new"], expected[1])
+    (_, saved), (_, loaded) = (nemojax.load(path, dtype="float32") for path in (tmp_path / "out.npz.saved", TINY))
+    jax.tree.map(np.testing.assert_array_equal, saved, loaded)
