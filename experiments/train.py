@@ -252,7 +252,7 @@ def export(run: Path, params: Any, config: Config, init: Path | None) -> None:
     bfloat16, the dtype of the released checkpoints.
     """
     config = config.replace(dtype="bfloat16" if init is None else Config.from_hf(init).dtype)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=run, prefix=".export-") as folder:  # where there is room for checkpoints
         orbax = Path(folder) / "orbax"
         nemojax.save(orbax, config, update.compute_copy(params, config))
         if init is not None:

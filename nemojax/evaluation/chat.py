@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 from pathlib import Path
@@ -52,6 +53,8 @@ def render(
 ) -> str:
     """The text of a conversation. Without `add_generation_prompt`, it ends inside the last message, to be continued.
 
+    A template finds what transformers gives it: the same names, functions and filters.
+
     Args:
       template: source of the template. messages: dicts with `role` and `content`.
       settings: the checkpoint's `tokenizer_config.json`, whose special tokens a template may use.
@@ -67,14 +70,16 @@ def render(
         raise TemplateError(message)
 
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+    # Not Jinja's own, which escapes what HTML would not take.
+    environment.filters["tojson"] = lambda value, **options: json.dumps(value, **{"ensure_ascii": False} | options)
     environment.globals["raise_exception"] = refuse
+    environment.globals["strftime_now"] = lambda format: datetime.datetime.now().strftime(format)
     tokens = {name: special_token(settings, name) for name in settings if name.endswith("_token")}
     try:
         text = environment.from_string(template).render(
-            messages=messages, add_generation_prompt=add_generation_prompt, **tokens
+            messages=messages, tools=None, documents=None, add_generation_prompt=add_generation_prompt, **tokens
         )
-    except TemplateError as error:
+    except (TemplateError, TypeError, ValueError) as error:
         raise InputError(f"chat template: {error}; check the roles of the conversation") from None
     if add_generation_prompt:
         return text

@@ -130,8 +130,14 @@ def test_chat_template(lm, tmp_path):
     assert "<|im_start|>user\nHi<|im_end|>" in text and "assistant" in text.rsplit("<|im_start|>", 1)[1]
     begun = lm.apply_chat_template([*messages, {"role": "assistant", "content": "Yes"}], add_generation_prompt=False)
     assert begun.endswith("Yes")
+    given = "{% if tools is not none or documents is not none %}x{% endif %}{{ strftime_now('%Y')|length }}"
+    given += "{{ messages|tojson(separators=(',', ':')) }}{{ {'a': '<é>'}|tojson(indent=1) }}"
+    shown = chat.render(given, messages, {}, add_generation_prompt=True)
+    assert shown == '4[{"role":"user","content":"Hi"}]{\n "a": "<é>"\n}'
     with pytest.raises(InputError, match="has no chat template"):
         chat.chat_template(tmp_path)
+    with pytest.raises(InputError, match="chat template: .* not supported between"):
+        chat.render("{{ 1 < 'a' }}", messages, {}, add_generation_prompt=True)
     with pytest.raises(InputError, match="no cats; check the roles"):
         chat.render("{{ raise_exception('no cats') }}", messages, {}, add_generation_prompt=True)
     with pytest.raises(InputError, match="unsafe"):
