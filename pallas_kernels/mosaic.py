@@ -46,6 +46,11 @@ def interpreted() -> bool:
     return state is not None and state.value is not None
 
 
+def constant(value: Any, shape: tuple[int, ...], layout: Any = ROW_LAYOUT) -> Any:
+    """A number everywhere, float32."""
+    return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+
+
 def read(ref: Any, layout: Any = ROW_LAYOUT) -> Any:
     """What `ref` holds, in registers."""
     return plgpu.load(ref, layout=layout, optimized=False)

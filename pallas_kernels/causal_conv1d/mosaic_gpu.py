@@ -35,9 +35,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper
 from pallas_kernels.causal_conv1d import xla
-from pallas_kernels.mosaic import COLUMNS, EACH_COLUMN, EACH_ROW, ROW_LAYOUT, across, down, launch, read, too_old
+from pallas_kernels.mosaic import COLUMNS, EACH_COLUMN, EACH_ROW, across, constant, down, launch, read, too_old
 
-LANES = COLUMNS  # channels of a thread block
+CHANNELS = COLUMNS  # channels of a thread block
 TILE = 64  # tokens of a tile
 HALO = 8  # tokens before it that come with it
 _STRIP, _GRADIENT_STRIP = 32, 8  # tokens that a warpgroup computes at once; few fences, few registers
@@ -50,8 +50,8 @@ def supports(x: Any, weight: Any, sizes: tuple[int, ...]) -> str | None:
     """Why the kernels cannot take these inputs, or None if they can."""
     if x.dtype != jnp.bfloat16:
         return f"x must be bfloat16, got {x.dtype}"
-    if any(size % LANES or size == 0 for size in sizes):
-        return f"every part must be a multiple of {LANES} channels, got {sizes}"
+    if any(size % CHANNELS or size == 0 for size in sizes):
+        return f"every part must be a multiple of {CHANNELS} channels, got {sizes}"
     if not 2 <= weight.shape[-1] <= _MOST_TAPS:
         return f"2 to {_MOST_TAPS} taps, got {weight.shape[-1]}"
     if x.size == 0:
@@ -157,7 +157,7 @@ def _prepare(first, sizes, step, x, weight, bias, initial, documents, initial_do
     if initial is None:
         initial = jnp.zeros((batch, taps - 1, *weight.shape[:-1]))
     tiles = -(-length // step)
-    plan = _Plan(first, sizes, step, tiles, _piece(tiles, batch * groups * sum(sizes) // LANES))
+    plan = _Plan(first, sizes, step, tiles, _piece(tiles, batch * groups * sum(sizes) // CHANNELS))
     lead, _ = xla.extent(x, documents)
     reach = None
     if documents is not None:
@@ -191,7 +191,7 @@ def _stored_length(plan, length, groups, channels):
     Such a tile leaves as one linear copy, which is clipped at the end of the array, not of the row: what a last tile
     has behind the end would go into the next row, of this batch or of one that `vmap` adds.
     """
-    return plan.tiles * plan.step if groups == 1 and channels == LANES else length
+    return plan.tiles * plan.step if groups == 1 and channels == CHANNELS else length
 
 
 def _launch(plan, name, body, inputs, others, out_type, scratch):
@@ -206,7 +206,7 @@ def _launch(plan, name, body, inputs, others, out_type, scratch):
         body(inputs_, rest[: len(others)], rest[len(others) : split], type(scratch)(*rest[split:]))
 
     batch, groups = inputs.x.shape[0], inputs.x.shape[2]
-    grid = dict(batch=batch, piece=plan.pieces, group=groups, lanes=sum(plan.sizes) // LANES)
+    grid = dict(batch=batch, piece=plan.pieces, group=groups, block=sum(plan.sizes) // CHANNELS)
     run = launch(kernel, name, grid, 1, out_type, scratch)
     return run(*given, *others)
 
@@ -219,12 +219,12 @@ class _Place:
 
     def __init__(self, plan):
         self._plan = plan
-        self.batch, self.group, self.piece, self.lane = (
-            lax.axis_index(name) for name in ("batch", "group", "piece", "lanes")
+        self.batch, self.group, self.piece, self.block = (
+            lax.axis_index(name) for name in ("batch", "group", "piece", "block")
         )
         self.tiles = jnp.minimum(plan.piece, plan.tiles - self.piece * plan.piece)
-        self.channels = pl.ds(self.lane * LANES, LANES)  # of the convolution
-        self.inputs = pl.ds(plan.first + self.lane * LANES, LANES)  # the same in x
+        self.channels = pl.ds(self.block * CHANNELS, CHANNELS)  # of the convolution
+        self.inputs = pl.ds(plan.first + self.block * CHANNELS, CHANNELS)  # the same in x
 
     def token(self, tile):
         """The first token of a tile."""
@@ -234,12 +234,12 @@ class _Place:
         """Calls `act(part, its channels)` for the part that the thread block's channels are in."""
         ends = itertools.accumulate(self._plan.sizes)
         for part, size, end in zip(parts, self._plan.sizes, ends, strict=True):
-            at = self.lane * LANES - (end - size)
-            pl.when((at >= 0) & (at < size))(functools.partial(act, part, pl.ds(at, LANES)))
+            at = self.block * CHANNELS - (end - size)
+            pl.when((at >= 0) & (at < size))(functools.partial(act, part, pl.ds(at, CHANNELS)))
 
 
 def _tiles(*shape, dtype=jnp.bfloat16):
-    return plgpu.SMEM((*shape, LANES), dtype)
+    return plgpu.SMEM((*shape, CHANNELS), dtype)
 
 
 def _read_taps(place, taps):
@@ -397,7 +397,7 @@ def _gradients(plan, inputs, dy):
             plgpu.copy_smem_to_gmem(s.dx.at[out], target)
             return found
 
-        nothing = plgpu.layout_cast(jnp.zeros((_GRADIENT_STRIP, LANES), jnp.float32), ROW_LAYOUT)
+        nothing = constant(0.0, (_GRADIENT_STRIP, CHANNELS))
         found = lax.fori_loop(0, place.tiles, walk, (nothing,) * len(taps))
         for j, value in enumerate(found):
             sums.at[place.batch, place.piece, j, place.group, :, place.channels][...] = value

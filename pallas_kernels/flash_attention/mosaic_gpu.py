@@ -38,7 +38,7 @@ from pallas_kernels.flash_attention.mosaic_gpu_backward import backward
 from pallas_kernels.flash_attention.mosaic_merge import merge
 from pallas_kernels.flash_attention.mosaic_parts import HEAD_DIM, ROWS
 from pallas_kernels.flash_attention.view import view_of
-from pallas_kernels.mosaic import LOG2E, accumulate, swizzled, too_old
+from pallas_kernels.mosaic import LOG2E, accumulate, constant, swizzled, too_old
 from pallas_kernels.tiles import pad_to
 
 # Where a row has seen nothing yet: low enough for any score, and finite, so that differences are never inf - inf.
@@ -211,8 +211,7 @@ def _softmax_loop(wg, low, high, is_whole, s, blocks, scale):
         plgpu.barrier_arrive(s.v_free.at[before])
         return m, l, o * parts.across(shrink, o.shape), p_next.astype(jnp.bfloat16)
 
-    constant = lambda value: plgpu.layout_cast(jnp.full((ROWS,), value, jnp.float32), plgpu.Layout.WGMMA.reduce(1))
-    none_seen = constant(NOTHING), constant(0)
+    none_seen = tuple(constant(value, (ROWS,), plgpu.Layout.WGMMA.reduce(1)) for value in (NOTHING, 0.0))
 
     def walk():
         plgpu.barrier_wait(s.k_ready.at[0])

@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mosaic import across, down, launch, read
+from pallas_kernels.mosaic import across, constant, down, launch, read
 
 _AT_ONCE = 32
 _WIDTH = 128
@@ -54,8 +54,7 @@ def merge(
             values = read(outs.at[pl.ds(first, each), b, row, g], _LAYOUT)
             return new, total * shrink + weights.sum(axis=0), sums * shrink + (weights * values).sum(axis=0)
 
-        constant = lambda value: plgpu.layout_cast(jnp.full((_WIDTH,), value, jnp.float32), _EACH_COLUMN)
-        start = (constant(-jnp.inf), constant(0.0), constant(0.0))
+        start = tuple(constant(value, (_WIDTH,), _EACH_COLUMN) for value in (-jnp.inf, 0.0, 0.0))
         top, total, sums = lax.fori_loop(0, pl.cdiv(splits, each), add, start)
         seen, head = total != 0.0, g * share + lax.rem(row, share)
         query = lax.div(row, share)

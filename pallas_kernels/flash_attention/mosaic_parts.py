@@ -33,7 +33,7 @@ def per_column(ref):
 
 
 def zeros(*shape):
-    return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
+    return mosaic.constant(0.0, shape, plgpu.Layout.WGMMA)
 
 
 def products(*pairs):

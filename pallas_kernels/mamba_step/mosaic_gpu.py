@@ -25,7 +25,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.choice import with_gradient_of
 from pallas_kernels.mamba_step import xla
-from pallas_kernels.mosaic import COLUMNS, EACH_COLUMN, across, down, in_place, read, softplus, too_old
+from pallas_kernels.mosaic import COLUMNS, EACH_COLUMN, across, constant, down, in_place, read, softplus, too_old
 from pallas_kernels.rounding import neighbour
 
 _ROWS, _COLUMNS = 16, 32  # of a warpgroup: 8 threads a row, 4 neighbouring columns each
@@ -93,7 +93,7 @@ def _step(projected, conv_state, ssm_state, conv_weight, conv_bias, A_log, D, dt
         keys[...] = _convolved(*of_keys, continues, projected.dtype)
         plgpu.commit_smem()
         B, C = (down(read(keys.at[pl.ds(i * size, size)], _EACH_COLUMN), block, _LAYOUT) for i in range(2))
-        each = lambda scalar: plgpu.layout_cast(jnp.full((block,), scalar.astype(jnp.float32)), _EACH_ROW)
+        each = lambda scalar: constant(scalar.astype(jnp.float32), (block,), _EACH_ROW)
         step = jnp.clip(softplus(each(dt) + each(bias)), *dt_limit)
         decay = jnp.exp(-step * jnp.exp(each(log)))
 
@@ -143,7 +143,7 @@ def _silu(a):
 
 def _sum_of_squares(y, scratch):
     """As a vector of copies: through shared memory, since the rows lie with different warps."""
-    scratch[...] = plgpu.layout_cast(jnp.zeros((COLUMNS,), jnp.float32), EACH_COLUMN)
+    scratch[...] = constant(0.0, (COLUMNS,), EACH_COLUMN)
     plgpu.commit_smem()
     scratch.at[pl.ds(0, y.shape[0])][...] = y
     plgpu.commit_smem()

@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import MATRIX_ROWS, SHARED_MEMORY
-from pallas_kernels.mosaic import COLUMNS, EACH_COLUMN, ROW_LAYOUT, across, down, read, swizzled
+from pallas_kernels.mosaic import COLUMNS, EACH_COLUMN, across, constant, down, read, swizzled
 from pallas_kernels.norm import Norm
 from pallas_kernels.persistent import DEPTH, cut
 from pallas_kernels.tiles import TILE_ROWS, pad_to
@@ -112,7 +112,7 @@ def _copy(sources, arrived, barrier):
 
 def _normalise(first, steps, rows, weights, eps, put):
     """One group: `steps` times 64 columns."""
-    zeros = plgpu.layout_cast(jnp.zeros((TILE_ROWS, COLUMNS), jnp.float32), ROW_LAYOUT)
+    zeros = constant(0.0, (TILE_ROWS, COLUMNS))
     sums = _in_turn(first, steps, rows, lambda step, x, sums: sums + jnp.square(x.astype(jnp.float32)), zeros)
     factor = across(lax.rsqrt(sums.sum(axis=1) / (steps * COLUMNS) + eps))
     weight = lambda step: down(read(weights.at[cut(step, DEPTH)], EACH_COLUMN).astype(jnp.float32), TILE_ROWS)

@@ -17,7 +17,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper
-from pallas_kernels.mosaic import COLUMNS, EACH_COLUMN, EACH_ROW, ROW_LAYOUT, across, down, launch, read, too_old
+from pallas_kernels.mosaic import (
+    COLUMNS,
+    EACH_COLUMN,
+    EACH_ROW,
+    ROW_LAYOUT,
+    across,
+    constant,
+    down,
+    launch,
+    read,
+    too_old,
+)
 from pallas_kernels.router import xla
 from pallas_kernels.tiles import pad_to
 
@@ -68,7 +79,7 @@ def _choose(logits, bias, rule):
             scores.at[k][...] = value
             return jnp.where(mine, -jnp.inf, choice), total + value
 
-        zeros = plgpu.layout_cast(jnp.zeros((_ROWS,), jnp.float32), EACH_ROW)
+        zeros = constant(0.0, (_ROWS,), EACH_ROW)
         choice = jnp.maximum(score + own(bias), _LEAST)
         _, total = lax.fori_loop(0, rule.chosen, take, (choice, zeros))
         scores.at[rule.chosen][...] = rule.scale / (total + 1e-20) if rule.normalise else zeros + rule.scale

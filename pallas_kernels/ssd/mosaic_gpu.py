@@ -157,14 +157,14 @@ def _scan(plan, x, B, C, vectors, skip, before):
     return run(x, B, C, vectors, skip, *before)
 
 
-def _take_registers(plan, role):
+def _set_registers(plan, action):
     if plan.lanes == 2:
-        plgpu.set_max_registers(tuning.REGISTERS[plan.heads][role], action=("decrease", "increase")[role])
+        plgpu.set_max_registers(tuning.REGISTERS[plan.heads][action], action=action)
 
 
 def _load_and_link(plan, place, head, inputs, s):
     """The first warpgroups: make the links of a head, chunk by chunk, and keep the slots filled between them."""
-    _take_registers(plan, 0)
+    _set_registers(plan, "decrease")
 
     @pl.loop(0, jnp.minimum(plan.slots, place.chunks))
     def _(c):
@@ -239,7 +239,7 @@ def _decays(vectors, coarse, fine, first, columns):
 
 def _advance(plan, place, lane, skip, before, y, after, s):
     """The other warpgroups: 64 rows of a state, from chunk to chunk."""
-    _take_registers(plan, 1)
+    _set_registers(plan, "increase")
     head, rows = lax.div(lane, plan.blocks), place.rows(lax.rem(lane, plan.blocks))
     slabs, skip = parts.slabs_of(after.shape[-1]), skip.at[place.head + head]
 

@@ -195,7 +195,7 @@ def slabs_of(state_size):
 
 
 def zeros():
-    return plgpu.layout_cast(jnp.zeros((ROWS, ROWS), jnp.float32), WGMMA)
+    return mosaic.constant(0.0, (ROWS, ROWS), WGMMA)
 
 
 def log_to_end(vectors, coarse, fine):

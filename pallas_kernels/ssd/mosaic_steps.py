@@ -30,6 +30,7 @@ from pallas_kernels.mosaic import (
     LOG2E,
     ROW_LAYOUT,
     across,
+    constant,
     down,
     launch,
     read,
@@ -136,9 +137,7 @@ def _token_until(length, chunk):
 
 def _sum_up(ref, value):
     """Leaves the running sums of `value`, [tokens, heads], in the rows of `ref` from `_ZEROS` on."""
-    ref.at[pl.ds(0, _ZEROS), pl.ds(0, _HEADS)][...] = plgpu.layout_cast(
-        jnp.zeros((_ZEROS, _HEADS), jnp.float32), ROW_LAYOUT
-    )
+    ref.at[pl.ds(0, _ZEROS), pl.ds(0, _HEADS)][...] = constant(0.0, (_ZEROS, _HEADS))
     own = _rows(ref, _ZEROS)
     for step in _DOUBLINGS:
         own[...] = value

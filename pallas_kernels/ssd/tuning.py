@@ -11,8 +11,9 @@ from pallas_kernels.tuned import tuned
 # Tokens: the fewest operations a token. The state costs 4 P N whatever the chunk, the links 2 (N + P) chunk.
 CHUNK = 64
 ROWS = MATRIX_ROWS  # of a state that one warpgroup holds
-# Registers a thread of the warpgroups that link, one or two, and of the two that hold states.
-REGISTERS = {1: (152, 176), 2: (80, 176)}  # 152 + 2 * 176 = 3 * 168, 2 * 80 + 2 * 176 = 4 * 128
+# Registers a thread of the warpgroups that link, which give some away, and of the two that hold states and get them:
+# with one that links, 152 + 2 * 176 = 3 * 168, with two, 2 * 80 + 2 * 176 = 4 * 128.
+REGISTERS = {1: {"decrease": 152, "increase": 176}, 2: {"decrease": 80, "increase": 176}}
 # Most units in flight in the gradient of a chunk; of several at least 2, for a slot is filled again a unit late.
 GRADIENT_SLOTS = 3
 GRADIENT_STATE = 128  # columns of a state whose gradient the registers hold; larger states go slice by slice
@@ -42,6 +43,7 @@ class Plan(NamedTuple):
 
     @property
     def lanes(self) -> int:
+        """Warpgroups of a thread block that hold 64 rows of a state each."""
         return self.heads * self.blocks
 
     @property
