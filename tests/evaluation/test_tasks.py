@@ -65,9 +65,15 @@ def test_shipped_tasks_are_whole_and_small():
             ["--tasks", "python_text", *["--coordinator", "here", "--processes", "1", "--process", "0"]],
             "must be HOST:PORT, got here",
         ),
+        (
+            ["--tasks", "python_text", *["--coordinator", "here:1", "--processes", "2", "--process", "2"]],
+            "--process must be from 0 to 1",
+        ),
+        (["--tasks", "python_text", "--output", "CHECKPOINT/."], "--output must not be the checkpoint"),
     ],
 )
 def test_wrong_arguments_are_one_line(tmp_path, capsys, arguments, message):
+    arguments = [argument.replace("CHECKPOINT", str(tmp_path)) for argument in arguments]
     assert cli.main(["evaluate", str(tmp_path), *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
