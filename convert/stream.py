@@ -73,6 +73,7 @@ def convert(
             )
         label = f"{source_path.name} -> {'Hugging Face' if to_hf else 'Orbax'}"
         total = sum(sizes.values())
+        layout.companions(source_path)  # refused now rather than when all weights are written
         with (
             layout.new_directory(target, overwrite=overwrite, needed_bytes=total) as partial,
             progress(label, total, show=show_progress) as bar,

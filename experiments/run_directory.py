@@ -5,7 +5,7 @@ RUN/tokenizer.json      of the data
 RUN/checkpoints/STEP/   the whole state after STEP steps, written by Orbax (which renames a finished one into place)
 RUN/log.jsonl           one line a step
 RUN/curves.png          the log as a picture
-RUN/model/              the result, a Hugging Face directory
+RUN/model/              the result, a Hugging Face directory; RUN/.model.orbax while it is made
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from orbax.checkpoint import v1 as ocp
 from nemojax.errors import InputError
 
 SETTINGS, TOKENIZER, LOG, CURVES, MODEL = "settings.json", "tokenizer.json", "log.jsonl", "curves.png", "model"
+STAGED = ".model.orbax"
 
 
 class Checkpoints:

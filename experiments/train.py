@@ -14,8 +14,8 @@ import argparse
 import hashlib
 import json
 import math
+import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -37,7 +37,7 @@ from experiments.settings import Settings
 from experiments.update import Metrics, TrainState
 from nemojax.config import Config
 from nemojax.errors import InputError
-from nemojax.layout import copy_companions
+from nemojax.layout import companions, copy_companions
 from nemojax.lock import alone
 from nemojax.specs import flatten
 from nemojax.tokenizer import load_tokenizer
@@ -113,6 +113,7 @@ def train(
     config, base, tokenizer = chosen.config if init is None else None, None, None
     if init is not None:
         model, base = nemojax.load(init, dtype="float32")
+        companions(init)  # which the export will copy
         config, tokenizer = model.config, load_tokenizer(init)
         other = [n for n in chosen.model or () if n != "dtype" and getattr(chosen.config, n) != getattr(config, n)]
         if other:
@@ -252,8 +253,9 @@ def export(run: Path, params: Any, config: Config, init: Path | None) -> None:
     bfloat16, the dtype of the released checkpoints.
     """
     config = config.replace(dtype="bfloat16" if init is None else Config.from_hf(init).dtype)
-    with tempfile.TemporaryDirectory(dir=run, prefix=".export-") as folder:  # where there is room for checkpoints
-        orbax = Path(folder) / "orbax"
+    orbax = run / run_directory.STAGED
+    shutil.rmtree(orbax, ignore_errors=True)  # of a run that was killed here
+    try:
         nemojax.save(orbax, config, update.compute_copy(params, config))
         if init is not None:
             copy_companions(init, orbax)
@@ -263,6 +265,8 @@ def export(run: Path, params: Any, config: Config, init: Path | None) -> None:
             kind = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.max_position_embeddings}
             (orbax / "tokenizer_config.json").write_text(json.dumps(kind | special, indent=2) + "\n")
         convert(orbax, run / run_directory.MODEL, overwrite=True, show_progress=False)
+    finally:
+        shutil.rmtree(orbax, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from nemojax.config import Config
 from nemojax.errors import InputError
 from nemojax.hf_config import config_to_hf, generation_ends
 from nemojax.model import Nemotron
-from nemojax.processes import from_first, meet
+from nemojax.processes import any_has, from_first
 from nemojax.sharding import param_shardings
 from nemojax.specs import flatten, map_specs, model_specs
 
@@ -120,11 +120,16 @@ def save(path: str | os.PathLike, config: Config, params: dict[str, Any], *, ove
 
 @contextlib.contextmanager
 def _directory_of_all(target: Path, **options: Any) -> Iterator[Path]:
-    """`layout.new_directory` for all processes: the first makes it and puts it in place, and what it refuses all do."""
+    """`layout.new_directory` for all processes: the first makes it and puts it in place; where one fails, all do."""
+    failure = None
     with contextlib.ExitStack() as made:
         partial = _by_first(lambda: made.enter_context(layout.new_directory(target, **options)))
-        yield partial
-        meet()  # all have written their part
+        try:
+            yield partial
+        except BaseException as error:
+            failure = error
+        if any_has(failure is not None):
+            raise failure or InputError(f"{target}: another process could not write its part, and says why")
         keep = made.pop_all()
     _by_first(keep.close)
 
@@ -133,17 +138,17 @@ def _by_first(act: Callable[[], Any]) -> Any:
     """What `act` gives in process 0, in every process.
 
     Raises:
-      InputError: it did there.
+      InputError: it raised there, where that is what it raised.
     """
-    found, problem = None, None
+    found = failure = problem = None
     if jax.process_index() == 0:
         try:
             found = act()
-        except InputError as error:
-            problem = error
+        except Exception as error:
+            failure, problem = error, str(error)
     found, problem = from_first((found, problem))
     if problem is not None:
-        raise problem
+        raise failure or InputError(problem)
     return found
 
 

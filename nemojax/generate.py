@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import numbers
-from collections.abc import Iterable, Sequence
+import operator
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -115,9 +116,13 @@ def end_ids(config: Config, given: Sequence[int] | None = None) -> tuple[int, ..
         eos = config.eos_token_id
         given = () if eos is None else eos if isinstance(eos, tuple) else (eos,)
     limit = np.iinfo(np.int32)
-    if not isinstance(given, Iterable) or not all(limit.min <= int(i) <= limit.max for i in given):
+    try:
+        found = tuple(operator.index(i) for i in given)
+    except TypeError:
+        found = None
+    if found is None or not all(limit.min <= i <= limit.max for i in found):
         raise InputError(f"stop_ids must be a sequence of token ids, got {given!r}")
-    return tuple(int(i) for i in given)
+    return found
 
 
 def until_stop(tokens: list[int], stop_ids: Sequence[int]) -> list[int]:
@@ -152,7 +157,7 @@ def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -
             raise InputError(f"{name} must be a number, got {value!r}")
     if not 0 <= temperature < float("inf"):
         raise InputError(f"temperature must be 0 or a positive number, got {temperature}")
-    if top_k is not None and not (top_k == int(top_k) and top_k >= 1):
+    if top_k is not None and not (isinstance(top_k, numbers.Integral) and top_k >= 1):
         raise InputError(f"top_k must be a whole number, at least 1, got {top_k}")
     if top_p is not None and not 0 < top_p <= 1:
         raise InputError(f"top_p must be above 0 and at most 1, got {top_p}")

@@ -85,7 +85,8 @@ def generation_ends(directory: Path) -> int | tuple[int, ...] | None:
     For chat models it has the end of a turn besides the end of text, which is all that `config.json` knows.
     """
     path = directory / "generation_config.json"
-    eos = (_read(path).get("eos_token_id") if path.exists() else None) or None  # an empty list says nothing
+    eos = _read(path).get("eos_token_id") if path.exists() else None
+    eos = None if eos == [] else eos
     return tuple(eos) if isinstance(eos, list) else eos
 
 

@@ -59,8 +59,9 @@ def new_directory(target: Path, *, overwrite: bool, needed_bytes: int) -> Iterat
     """A directory to fill, which becomes `target` when the block ends well, and leaves nothing when it does not.
 
     A killed run leaves `.NAME.partial` beside the target; the next run starts over from nothing, unless another one is
-    still writing there. A target that is replaced is there until the new one is complete; a run that is killed while it
-    exchanges them leaves the old one as `.NAME.replaced`, and the next run puts it back first.
+    still writing there. A target that is replaced is there until the new one is complete. A run that is killed while it
+    exchanges them leaves the old one as `.NAME.replaced`, and the next run puts it back or, where the new one is in its
+    place, deletes it (as `.NAME.deleted-*`, which means nothing any more).
 
     Args:
       target: where the result goes. overwrite: whether a checkpoint that lies there may be replaced.
@@ -113,13 +114,18 @@ def _check_target(target: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise InputError(f"{target}: exists and is not empty; choose another target, or replace it with --overwrite")
-    if CONFIG not in names or not (is_orbax(target) or any(name.endswith(_WEIGHTS) for name in names)):
+    if not _is_checkpoint(target):
         raise InputError(
             f"{target}: is not empty and no checkpoint ({CONFIG} and weights), and is not replaced; empty it first"
         )
     for name in sorted(names - _DIRECTORIES):
         if (target / name).is_dir():
             raise InputError(f"{target}: holds {name}/, which would be lost with what is replaced; move it away first")
+
+
+def _is_checkpoint(directory: Path) -> bool:
+    names = os.listdir(directory)
+    return CONFIG in names and (is_orbax(directory) or any(name.endswith(_WEIGHTS) for name in names))
 
 
 def _beside(target: Path, role: str) -> Path:
@@ -131,7 +137,8 @@ def _finish_exchange(target: Path) -> None:
     replaced = _beside(target, "replaced")
     if replaced.exists() and not target.exists():
         replaced.rename(target)
-    _delete_replaced(target)
+    if not target.exists() or _is_checkpoint(target):
+        _delete_replaced(target)
 
 
 def _put_in_place(partial: Path, target: Path, overwrite: bool) -> None:
@@ -145,17 +152,17 @@ def _put_in_place(partial: Path, target: Path, overwrite: bool) -> None:
         if replaced.exists():
             replaced.rename(target)
         raise
-    with contextlib.suppress(OSError):
-        _delete_replaced(target)
+    _delete_replaced(target)
 
 
 def _delete_replaced(target: Path) -> None:
-    """Under another name, so that what is half deleted is never put back."""
-    replaced, deleted = _beside(target, "replaced"), _beside(target, "deleted")
-    shutil.rmtree(deleted, ignore_errors=True)
-    if replaced.exists():
-        replaced.rename(deleted)
-        shutil.rmtree(deleted, ignore_errors=True)
+    """Under another name, so that what is half deleted is never put back; what cannot be deleted is in nobody's way."""
+    deleted = _beside(target, f"deleted-{time.time_ns()}")
+    with contextlib.suppress(OSError):  # there is none, or another run deletes it
+        _beside(target, "replaced").rename(deleted)
+    for item in target.parent.iterdir():
+        if item.name.startswith(f".{target.name}.deleted-"):
+            shutil.rmtree(item, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -181,19 +188,24 @@ def _remove(directory: Path) -> None:
         time.sleep(0.2)
 
 
-def copy_companions(source: Path, target: Path) -> list[str]:
-    """Copies everything beside the weights (config, tokenizer, chat template, ...); returns the names.
+def companions(source: Path) -> list[Path]:
+    """All files beside the weights: config, tokenizer, chat template, ...
 
     Raises:
       InputError: one is a link to nothing, as in a download that was not completed.
     """
-    names = []
+    found = []
     for item in sorted(source.iterdir()):
         if item.name.startswith(".") or item.name.endswith(_WEIGHTS) or item.name == PARAMS:
             continue
         if item.is_symlink() and not item.exists():
             raise InputError(f"{item}: is a link to nothing; download it again, or remove it")
-        if item.is_file():
-            shutil.copyfile(item, target / item.name)
-            names.append(item.name)
-    return names
+        found += [item] if item.is_file() else []
+    return found
+
+
+def copy_companions(source: Path, target: Path) -> list[str]:
+    """Copies `companions`; returns the names."""
+    for item in (found := companions(source)):
+        shutil.copyfile(item, target / item.name)
+    return [item.name for item in found]

@@ -26,6 +26,14 @@ def meet() -> None:
         wait(key=f"nemojax_{next(_meetings)}", timeout_ms=_DAY)
 
 
+def any_has(flag: bool) -> bool:
+    """Whether the flag is set in some process."""
+    if jax.process_count() == 1:
+        return flag
+    meet()
+    return bool(multihost_utils.process_allgather(np.array(flag)).any())
+
+
 def from_first(value: Any) -> Any:
     """What process 0 gives, in every process; the others' values are not looked at."""
     if jax.process_count() == 1:

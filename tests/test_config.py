@@ -189,6 +189,8 @@ def test_null_is_no_bias():
 def test_ends_of_an_empty_list_are_those_of_the_config(tmp_path):
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": []}')
     assert generation_ends(tmp_path) is None
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 0}')
+    assert generation_ends(tmp_path) == 0
 
 
 def test_list_of_stop_ids():

@@ -10,7 +10,7 @@ from layouts import DOCUMENTS
 from tiny import perturbed_params, run, tiny_config
 
 from nemojax import InputError, Nemotron, generate, init_cache
-from nemojax.generate import Sampling, _generate, choose
+from nemojax.generate import Sampling, _generate, choose, end_ids
 
 CONFIG = tiny_config("M*E", pad_token_id=49, eos_token_id=None)
 PROMPTS = [DOCUMENTS[0, :5].tolist(), DOCUMENTS[1, :9].tolist(), DOCUMENTS[2, :2].tolist()]
@@ -73,6 +73,12 @@ def test_stop_id_is_kept_and_followed_by_pads():
         at = int(np.argmax(expected == stop)) if (expected == stop).any() else NEW
         np.testing.assert_array_equal(new[: at + 1], expected[: at + 1])
         assert (new[at + 1 :] == CONFIG.pad_token_id).all()
+
+
+@pytest.mark.usefixtures("annotations_off")
+@pytest.mark.parametrize("kind", [iter, np.asarray, jnp.asarray, list], ids=["iterator", "numpy", "jax", "list"])
+def test_stop_ids_of_any_kind(kind):
+    assert end_ids(CONFIG, kind([5, 6])) == (5, 6)
 
 
 def test_end_of_text_of_the_config_stops_and_no_ids_never_stop():
@@ -243,6 +249,9 @@ REFUSED = {
     "one-stop": (dict(stop_ids=3), "stop_ids must be a sequence of token ids, got 3"),
     "wide-stop": (dict(stop_ids=[2**40]), r"stop_ids must be a sequence of token ids, got \[1099511627776\]"),
     "top-k": (dict(top_k=0), "top_k must be a whole number, at least 1, got 0"),
+    "text-stop": (dict(stop_ids=["a"]), r"stop_ids must be a sequence of token ids, got \['a'\]"),
+    "part-stop": (dict(stop_ids=[2.5]), r"stop_ids must be a sequence of token ids, got \[2.5\]"),
+    "top-k-nan": (dict(top_k=float("nan")), "top_k must be a whole number, at least 1, got nan"),
     "top-k-part": (dict(top_k=2.5), "top_k must be a whole number, at least 1, got 2.5"),
     "top-p-zero": (dict(top_p=0.0), "top_p must be above 0 and at most 1, got 0.0"),
     "top-p-large": (dict(top_p=1.5), "top_p must be above 0 and at most 1, got 1.5"),

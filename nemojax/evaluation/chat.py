@@ -71,7 +71,9 @@ def render(
 
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
     # Not Jinja's own, which escapes what HTML would not take.
-    environment.filters["tojson"] = lambda value, **options: json.dumps(value, **{"ensure_ascii": False} | options)
+    environment.filters["tojson"] = lambda value, ensure_ascii=False, indent=None, separators=None, sort_keys=False: (
+        json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    )
     environment.globals["raise_exception"] = refuse
     environment.globals["strftime_now"] = lambda format: datetime.datetime.now().strftime(format)
     tokens = {name: special_token(settings, name) for name in settings if name.endswith("_token")}
@@ -79,7 +81,7 @@ def render(
         text = environment.from_string(template).render(
             messages=messages, tools=None, documents=None, add_generation_prompt=add_generation_prompt, **tokens
         )
-    except (TemplateError, TypeError, ValueError) as error:
+    except (TemplateError, TypeError, ValueError, ArithmeticError) as error:
         raise InputError(f"chat template: {error}; check the roles of the conversation") from None
     if add_generation_prompt:
         return text

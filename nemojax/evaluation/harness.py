@@ -25,7 +25,10 @@ from nemojax.generate import check_sampling, end_ids
 from nemojax.tokenizer import load_tokenizer
 
 _SETTINGS = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}
-_NEUTRAL = {"num_beams": 1, "repetition_penalty": 1.0, "length_penalty": 1.0, "min_p": 0.0, "num_return_sequences": 1}
+# What others understand, where it asks for nothing.
+_NEUTRAL = dict.fromkeys(("num_beams", "repetition_penalty", "length_penalty", "num_return_sequences", "typical_p"), 1)
+_NEUTRAL |= dict.fromkeys(("min_p", "no_repeat_ngram_size", "presence_penalty", "frequency_penalty"), 0)
+_NEUTRAL |= {"min_new_tokens": 0, "early_stopping": False, "use_cache": True, "skip_special_tokens": True}
 
 # Called with the index and the answer of each finished request.
 Done = Callable[[dict[int, Any]], None]
@@ -209,7 +212,7 @@ class NemojaxLM(TemplateLM):
     def _generate(self, prompts: list[Prompt], options: dict[str, Any], done: Done) -> None:
         """Continues prompts that have the same settings."""
         sampling = (
-            options["temperature"] if options["do_sample"] else 0.0,
+            options.get("temperature", 1.0) if options["do_sample"] else 0.0,
             options.get("top_k") or None,  # lm-eval's other models take 0 for all
             options.get("top_p"),
         )

@@ -102,11 +102,11 @@ def test_a_replaced_checkpoint_is_there_until_the_new_one_is(
         return act(*args, **options)
 
     with monkeypatch.context() as patched:
-        steps = {".partial": "put in place", ".replaced": "given up", ".deleted": "deleted"}
-        step_of = lambda path: steps.get(Path(path).suffix, "moved aside")
-        patched.setattr(Path, "rename", lambda path, to: fails(step_of(path), rename, path, to))
-        exists = lambda path: step_of(path) if Path(path).exists() else ""
-        step = lambda path, **how: fails(exists(path), delete, path, **how)
+        steps = {".partial": "put in place", ".replaced": "given up"}
+        step_of = lambda path: "deleted" if ".deleted-" in str(path) else steps.get(Path(path).suffix, "moved aside")
+        there = lambda path: step_of(path) if Path(path).exists() else ""
+        patched.setattr(Path, "rename", lambda path, to: fails(there(path), rename, path, to))
+        step = lambda path, **how: fails(there(path), delete, path, **how)
         patched.setattr(shutil, "rmtree", step)
         try:
             ended = run("convert", new, target, "--overwrite")
@@ -124,7 +124,7 @@ def test_a_replaced_checkpoint_is_there_until_the_new_one_is(
 
 
 def test_what_is_half_deleted_is_not_put_back(tmp_path: Path) -> None:
-    source, target, deleted = write_hf(tmp_path / "hf"), tmp_path / "target", tmp_path / ".target.deleted"
+    source, target, deleted = write_hf(tmp_path / "hf"), tmp_path / "target", tmp_path / ".target.deleted-1"
     deleted.mkdir()
     (deleted / "config.json").write_text("{}")
     assert run("convert", source, target) == 0

@@ -131,7 +131,7 @@ def test_chat_template(lm, tmp_path):
     begun = lm.apply_chat_template([*messages, {"role": "assistant", "content": "Yes"}], add_generation_prompt=False)
     assert begun.endswith("Yes")
     given = "{% if tools is not none or documents is not none %}x{% endif %}{{ strftime_now('%Y')|length }}"
-    given += "{{ messages|tojson(separators=(',', ':')) }}{{ {'a': '<é>'}|tojson(indent=1) }}"
+    given += "{{ messages|tojson(separators=(',', ':')) }}{{ {'a': '<é>'}|tojson(false, 1) }}"
     shown = chat.render(given, messages, {}, add_generation_prompt=True)
     assert shown == '4[{"role":"user","content":"Hi"}]{\n "a": "<é>"\n}'
     with pytest.raises(InputError, match="has no chat template"):

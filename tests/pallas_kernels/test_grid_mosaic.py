@@ -39,10 +39,18 @@ def test_too_many_in_any_order():
 
 @pytest.fixture
 def two_at_once(monkeypatch):
+    orders, startable = [], mosaic._startable
+
+    def recorded(grid):
+        orders.append((list(grid), list(startable(grid))))
+        return startable(grid)
+
     monkeypatch.setattr(mosaic, "_MOST_BLOCKS", 2)
+    monkeypatch.setattr(mosaic, "_startable", recorded)
     jax.clear_caches()
     yield
     jax.clear_caches()
+    assert orders and any(given != taken for given, taken in orders)
 
 
 def test_the_order_changes_nothing(two_at_once, monkeypatch):

@@ -11,6 +11,14 @@ from convert.stream import convert
 TINY = ROOT / "experiments/nemotron_tiny/model"
 
 
+def test_where_another_process_fails_nothing_is_left(monkeypatch, tmp_path):
+    model, params = nemojax.load(TINY)
+    monkeypatch.setattr(nemojax.checkpoint, "any_has", lambda flag: True)
+    with pytest.raises(nemojax.InputError, match="another process could not write its part"):
+        nemojax.save(tmp_path / "model", model.config, params)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.fixture(scope="module")
 def expected():
     model, params = nemojax.load(TINY, dtype="float32")
