@@ -138,7 +138,7 @@ def _by_first(act: Callable[[], Any]) -> Any:
     """What `act` gives in process 0, in every process.
 
     Raises:
-      InputError: it raised there, where that is what it raised.
+      InputError: in the others, where it raised in process 0; there, what it raised.
     """
     found = failure = problem = None
     if jax.process_index() == 0:

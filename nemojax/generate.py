@@ -214,12 +214,8 @@ def _last_real(hidden: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | N
 
 def choose(logits: Float[Array, "B V"], step: Any, *, sampling: Sampling, greedy: bool, truncate: bool):
     """The next token of each row, -1 where a logit is NaN; `truncate` says that `sampling` has a top-k or top-p."""
-    token = _best(logits) if greedy else _sample(logits, step, sampling, truncate)
+    token = jnp.argmax(logits, axis=-1).astype(jnp.int32) if greedy else _sample(logits, step, sampling, truncate)
     return jnp.where(jnp.isnan(logits).any(axis=-1), -1, token)
-
-
-def _best(logits):
-    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
 def _sample(logits, step, sampling, truncate):
