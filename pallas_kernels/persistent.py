@@ -84,8 +84,8 @@ def run(
     In a cluster, a slot is free when all its blocks have read theirs: so one copy may fill it in each of them.
 
     `load(item, k, slot, barrier)` starts the copies of step k; `product(acc, slot, rows, k)` multiplies these rows of
-    the tile; `finish(item, thread, top, acc)` stores the sums of 64 rows from `top` on. `prepare()` is what consumers
-    do first, while the ring fills.
+    the tile; `store = finish(item, thread, top)` fetches what else the 64 rows from `top` on need, before they are
+    multiplied, and `store(sums)` stores them. `prepare()` is what consumers do first, while the ring fills.
     """
     thread, consumers = lax.axis_index("thread"), blocks.consumers
     walk = functools.partial(_walk, count, hopper.SMS // blocks.cluster)
@@ -142,7 +142,11 @@ def _consume(ring, walk, item_at, product, finish, thread, blocks):
 
     def one(number, step):
         item, slots = item_at(number), _Slots(ring, step, blocks.stages)
-        multiply = lambda: finish(item, thread, top, _multiply(item, slots, top, product, blocks))
+
+        def multiply():
+            store = finish(item, thread, top)
+            store(_multiply(item, slots, top, product, blocks))
+
         lax.cond(item.end > top, multiply, lambda: _pass_on(item, slots, blocks))
         return step + item.steps
 

@@ -13,10 +13,10 @@ layout of the tiles, so only `to_rows` stores part of a tile. Rows beyond the la
 that store zeros without computing.
 
 **Kernel.** `pallas_kernels/persistent.py`, with one or two consumers, each with its rows of the tile. Results go out by
-TMA from small double buffers. A consumer whose 64 rows hold none of the group does not multiply, so a group costs
-matrix time in steps of 64 rows. Items are ordered expert, column block, tile: tiles that need the same weights run at
-the same time and find them in L2. Where tiles have 128 rows, two thread blocks with neighbouring column blocks are a
-cluster, unless the result has but 64: each fetches half of the rows, for both.
+TMA, from as many small buffers as fit. A consumer whose 64 rows hold none of the group does not multiply, so a group
+costs matrix time in steps of 64 rows. Items are ordered expert, column block, tile: tiles that need the same weights
+run at the same time and find them in L2. Where tiles have 128 rows, two thread blocks with neighbouring column blocks
+are a cluster, unless the result has but 64: each fetches half of the rows, for both.
 
 **Roofline** (H100: 989 TFLOP/s, 3.35 TB/s), Nano, 8192 tokens: 49,152 rows of 2688, F = 1856, 128 experts. 0.98 TFLOP
 are 0.99 ms; 2.55 GB of weights are 0.76 ms of memory, rows in and out 0.16 ms, hidden units 0.11 ms. Steps of 64 rows
@@ -50,7 +50,6 @@ from pallas_kernels.persistent import DEPTH, PEER, cut
 from pallas_kernels.tiles import TILE_ROWS, pad_to
 
 _ALIGN = TILE_ROWS  # TMA of a swizzled tile starts at a multiple of this many rows
-_SLOTS = 2  # results on their way out
 
 
 def supports(x: jax.Array, up: jax.Array, down: jax.Array) -> str | None:
@@ -161,7 +160,7 @@ def _load_rows(source, start, k, blocks, target, full):
 
 
 def _slots(blocks, dtype):
-    return swizzled(dtype, blocks.consumers, _SLOTS, MATRIX_ROWS, 128 // dtype.itemsize)
+    return swizzled(dtype, blocks.consumers, blocks.slots, MATRIX_ROWS, 128 // dtype.itemsize)
 
 
 def _send(acc, slots, target):
@@ -169,11 +168,11 @@ def _send(acc, slots, target):
 
     TMA drops what lies beyond the last column, where there is more than one slab: `tuning.blocks`.
     """
-    lanes = slots.shape[-1]
+    count, _, lanes = slots.shape
     for slab in range(acc.shape[1] // lanes):
-        slot = slots.at[slab % _SLOTS]
-        # The slots of the item before are long sent; within an item the other slot may be on its way.
-        plgpu.wait_smem_to_gmem(min(slab, 1), wait_read_only=True)
+        slot = slots.at[slab % count]
+        # The slots of the item before are long sent; within an item the other slots may be on their way.
+        plgpu.wait_smem_to_gmem(min(slab, count - 1), wait_read_only=True)
         slot[...] = acc[:, slab * lanes : (slab + 1) * lanes].astype(slots.dtype)
         plgpu.commit_smem()
         memory = target(slab, lanes)
@@ -188,7 +187,7 @@ def _send_rows(acc, factors, slots, buffer, target, first, count):
     so that it can be cut at any; `slots` can be cut at multiples of 8. `target(slab, lanes, row, size)` is the memory
     of `size` rows from `row` on.
     """
-    lanes = buffer.shape[-1]
+    slot_count, _, lanes = slots.shape
     for slab in range(acc.shape[1] // lanes):
         # Multiplied in each branch: before, all products would take registers from the sums.
         def fill(place, slab=slab):
@@ -197,8 +196,8 @@ def _send_rows(acc, factors, slots, buffer, target, first, count):
             plgpu.commit_smem()
 
         def whole(slab=slab, fill=fill):
-            slot = slots.at[slab % _SLOTS]
-            plgpu.wait_smem_to_gmem(min(slab, 1), wait_read_only=True)
+            slot = slots.at[slab % slot_count]
+            plgpu.wait_smem_to_gmem(min(slab, slot_count - 1), wait_read_only=True)
             fill(slot)
             plgpu.copy_smem_to_gmem(slot, target(slab, lanes, 0, MATRIX_ROWS))
 
@@ -227,7 +226,7 @@ def _powers_of_two(first, count):
 def to_tiles(rows, weights, plan: Plan, activation: Callable) -> jax.Array:
     """`activation(rows @ weights[e]^T)` as tiles: rows [R, K], weights [E, N, K] -> [tiles * tile rows, N]."""
     _, width, depth = weights.shape
-    blocks = tuning.blocks(plan.rows, width, _SLOTS)
+    blocks = tuning.blocks(plan.rows, width)
     columns, size = blocks.column_blocks(width), min(blocks.rows, MATRIX_ROWS)
 
     def expert_mlp_to_tiles(table, count, weights, rows, out, ring, slots):
@@ -239,10 +238,11 @@ def to_tiles(rows, weights, plan: Plan, activation: Callable) -> jax.Array:
         def product(acc, slot, part, k):
             plgpu.wgmma(acc, ring.a.at[slot, part], ring.b.at[slot].transpose((1, 0)))
 
-        def finish(item, thread, top, acc):
+        def finish(item, thread, top):
             place = pl.ds(pl.multiple_of(item.place + top, _ALIGN), size)
             column = item.column * blocks.columns
-            _send(activation(acc), slots.at[thread], lambda slab, n: out.at[place, pl.ds(column + slab * n, n)])
+            target = lambda slab, n: out.at[place, pl.ds(column + slab * n, n)]
+            return lambda sums: _send(activation(sums), slots.at[thread], target)
 
         item_at = _tile_items(table, columns, weights, depth, blocks)
         persistent.run(ring, count[0] * columns, item_at, load, product, finish, blocks)
@@ -260,7 +260,7 @@ def to_rows(tiles, weights, plan: Plan, scale, dtype) -> jax.Array:
     """
     _, depth, width = weights.shape
     dtype = jnp.dtype(dtype)
-    blocks = tuning.blocks(plan.rows, width, _SLOTS + 1)
+    blocks = tuning.blocks(plan.rows, width, beside=1)
     columns, height = blocks.column_blocks(width), scale.shape[0]
     scale = jnp.pad(scale, (0, blocks.rows + MATRIX_ROWS))  # a tile is read whole
 
@@ -273,14 +273,14 @@ def to_rows(tiles, weights, plan: Plan, scale, dtype) -> jax.Array:
         def product(acc, slot, part, k):
             plgpu.wgmma(acc, ring.a.at[slot, part], ring.b.at[slot])
 
-        def finish(item, thread, top, acc):
+        def finish(item, thread, top):
             row, column = pl.multiple_of(item.row + top, _ALIGN), item.column * blocks.columns
             layout = plgpu.Layout.WGMMA.reduce(1)
             factors = plgpu.load(scale.at[pl.ds(row, MATRIX_ROWS)], layout=layout, optimized=False)
             first = jnp.maximum(item.begin - top, 0)
             own = jnp.minimum(item.end - top, MATRIX_ROWS) - first
             target = lambda slab, n, r, size: out.at[pl.ds(row + r, size), pl.ds(column + slab * n, n)]
-            _send_rows(acc, factors, slots.at[thread], buffers.at[thread], target, first, own)
+            return lambda sums: _send_rows(sums, factors, slots.at[thread], buffers.at[thread], target, first, own)
 
         item_at = _tile_items(table, columns, weights, depth, blocks)
         persistent.run(ring, count[1] * columns, item_at, load, product, finish, blocks)
@@ -299,7 +299,7 @@ def per_expert(tiles, rows, plan: Plan, experts: int) -> jax.Array:
     multiplied by such zeros. Zero for experts without rows.
     """
     (_, height), (_, width) = tiles.shape, rows.shape
-    blocks = tuning.blocks(2 * MATRIX_ROWS, width, _SLOTS)
+    blocks = tuning.blocks(2 * MATRIX_ROWS, width)
     bands, columns = pl.cdiv(height, blocks.rows), blocks.column_blocks(width)
 
     def expert_mlp_per_expert(groups, tiles, rows, out, ring, slots):
@@ -322,11 +322,11 @@ def per_expert(tiles, rows, plan: Plan, experts: int) -> jax.Array:
         def product(acc, slot, part, k):
             plgpu.wgmma(acc, ring.a.at[slot, :, part].transpose((1, 0)), ring.b.at[slot])
 
-        def finish(item, thread, top, acc):
+        def finish(item, thread, top):
             band = pl.ds(pl.multiple_of(item.band * blocks.rows + top, MATRIX_ROWS), MATRIX_ROWS)
             column = item.column * blocks.columns
             target = lambda slab, n: out.at[item.expert, band, pl.ds(column + slab * n, n)]
-            _send(acc, slots.at[thread], target)
+            return lambda sums: _send(sums, slots.at[thread], target)
 
         persistent.run(ring, experts * bands * columns, item_at, load, product, finish, blocks)
 

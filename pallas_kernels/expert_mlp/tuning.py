@@ -23,12 +23,14 @@ class Blocks:
     rows: rows of a tile: 16, 32, 64 or 128; under 64, the matrix unit's other rows are computed in vain.
     columns: columns of the result in a tile, a multiple of 64 up to 256.
     stages: tiles of both operands in flight.
+    slots: pieces of the result, 64 rows of 128 bytes, that each consumer may have on their way out.
     cluster: thread blocks that read the same rows and have neighbouring columns.
     """
 
     rows: int
     columns: int
     stages: int
+    slots: int = 2
     cluster: int = 1
     in_flight: ClassVar[int] = 1
 
@@ -58,17 +60,21 @@ def tile_rows(rows: int, experts: int) -> int:
     return next((size for size in (16, 32, 64) if span <= size), 128)
 
 
-def blocks(rows: int, width: int, slots: int) -> Blocks:
+def blocks(rows: int, width: int, beside: int = 0) -> Blocks:
     """Blocks of a product with `width` columns from tiles of that many rows.
 
-    slots: pieces of the result, 64 rows of 128 bytes, that each consumer holds beside the stages.
+    Stages come first, then slots: with one for each piece, none is waited for.
+
+    beside: room for so many more pieces that each consumer needs.
     """
     # A copy has no index along an axis of one swizzled row: nothing may be behind the first.
     one_slab = (DEPTH, 1) if width == DEPTH else None
     columns, cluster = one_slab or tuned("expert_mlp columns", rows, width) or _cut(rows, width)
-    results = Blocks(rows, columns, 0).consumers * MATRIX_ROWS * 128 * slots
+    piece = Blocks(rows, columns, 0).consumers * MATRIX_ROWS * 2 * DEPTH
     stage = 2 * DEPTH * (max(MATRIX_ROWS, rows) + columns)
-    return Blocks(rows, columns, min(_MOST_STAGES, (SHARED_MEMORY - RESERVED - results) // stage), cluster)
+    room = SHARED_MEMORY - RESERVED - beside * piece
+    stages = min(_MOST_STAGES, (room - 2 * piece) // stage)
+    return Blocks(rows, columns, stages, min(columns // DEPTH, (room - stages * stage) // piece), cluster)
 
 
 def _cut(rows, width):

@@ -25,7 +25,6 @@ weights, 55 to 164 KB a multiprocessor.
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -183,7 +182,10 @@ def rows_dot(
                 plgpu.wgmma(acc, ring.a.at[slot, part], ring.b.at[slot].transpose((1, 0)))
 
         scale = lambda y, item: y if factors is None else _own_rows(y, item, values, factors.each)
-        finish = functools.partial(_finish_rows, lambda acc, item: scale(activation(acc), item), slot, outs)
+
+        def finish(item, thread, top):
+            return lambda sums: _put_and_send(scale(activation(sums), item), slot, outs, item)
+
         prepare = [lambda: resident.fill(inputs, *held, norm)] if stays else []
         persistent.run(ring, places.total, item_at, load, product, finish, blocks, *prepare)
 
@@ -241,9 +243,9 @@ def _multiply_resident(acc, tiles, weights, k):
         plgpu.wgmma(acc, resident.operand(tiles, k * each + i), part.transpose((1, 0)))
 
 
-def _finish_rows(value, slot, outs, item, thread, top, acc):
-    """`value(acc, item)` to its place in the result of the item's stack."""
-    _put(value(acc, item), slot)
+def _put_and_send(y, slot, outs, item):
+    """To its place in the result of the item's stack."""
+    _put(y, slot)
     first = item.column * slot.shape[1]
     _switch(item.which, [lambda o=o: _send_rows(slot, o.at[item.pair], first) for o in outs])
 
@@ -287,9 +289,12 @@ def columns_dot(stacks: Sequence[Stack], hidden: Sequence[jax.Array]) -> jax.Arr
         def product(acc, slot, part, k):
             plgpu.wgmma(acc, ring.a.at[slot, part], ring.b.at[slot])
 
-        def finish(item, thread, top, acc):
-            _put(acc, slot)
-            _send(slot, out.at[item.part, :, cut(item.column, blocks.columns)])
+        def finish(item, thread, top):
+            def store(sums):
+                _put(sums, slot)
+                _send(slot, out.at[item.part, :, cut(item.column, blocks.columns)])
+
+            return store
 
         persistent.run(ring, columns * blocks.parts, item_at, load, product, finish, blocks)
 

@@ -45,11 +45,12 @@ def test_every_row_has_one_tile_of_its_expert(monkeypatch, tile_rows):
 @pytest.mark.parametrize("rows", [8, 16, 32, 64, 128])
 @pytest.mark.parametrize("width", [64, 1024, 1856, 2048, 2688, 5120])
 def test_blocks_fill_shared_memory_and_no_more(rows, width):
-    blocks = tuning.blocks(rows, width, slots=3)
-    stage = 2 * 64 * (max(64, rows) + blocks.columns)
-    used = blocks.stages * stage + 3 * 128 * (128 if rows > 64 else 64)
+    blocks = tuning.blocks(rows, width, beside=1)
+    stage, piece = 2 * 64 * (max(64, rows) + blocks.columns), 128 * (128 if rows > 64 else 64)
+    used = blocks.stages * stage + (blocks.slots + 1) * piece
     assert blocks.stages >= 3 and used + 1024 <= tuning.SHARED_MEMORY
-    assert blocks.stages == 8 or used + stage > tuning.SHARED_MEMORY - 2048
+    assert blocks.stages == 8 or blocks.stages * stage + 3 * piece + stage > tuning.SHARED_MEMORY - 2048
+    assert min(2, blocks.columns // 64) <= blocks.slots <= blocks.columns // 64
 
 
 @pytest.mark.parametrize("mean, rows", [(1, 16), (3, 16), (8, 32), (22, 64), (48, 128), (384, 128)])
