@@ -56,6 +56,18 @@ def read(ref: Any, layout: Any = ROW_LAYOUT) -> Any:
     return plgpu.load(ref, layout=layout, optimized=False)
 
 
+def write(ref: Any, value: Any) -> None:
+    """Stores registers, however they lie to each other in `ref`; if that is swizzled, an assignment does better.
+
+    From 0.12 on, JAX refuses assignments in which threads meet at a bank of shared memory, or fill only a part of 32
+    bytes of memory. JAX 0.11 takes all of them, and has no other way.
+    """
+    if hasattr(plgpu, "store"):
+        plgpu.store(ref, value, optimized=False)
+    else:
+        ref[...] = value
+
+
 def down(vector: Any, rows: int, layout: Any = ROW_LAYOUT) -> Any:
     """One value a column, for `rows` rows: [columns] -> [rows, columns]."""
     return plgpu.layout_cast(lax.broadcast_in_dim(vector, (rows, *vector.shape), [1]), layout)

@@ -35,7 +35,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper
 from pallas_kernels.causal_conv1d import xla
-from pallas_kernels.mosaic import COLUMNS, EACH_COLUMN, EACH_ROW, across, constant, down, launch, read, too_old
+from pallas_kernels.mosaic import COLUMNS, EACH_COLUMN, EACH_ROW, across, constant, down, launch, read, too_old, write
 
 CHANNELS = COLUMNS  # channels of a thread block
 TILE = 64  # tokens of a tile
@@ -268,7 +268,7 @@ def _put_history(place, token, inputs, x):
 
             @pl.when((row + j >= 0) & (row + j < HALO + TILE))
             def _(j=j):
-                x.at[row + j][...] = read(inputs.history.at[place.batch, j, place.group, place.channels], EACH_COLUMN)
+                write(x.at[row + j], read(inputs.history.at[place.batch, j, place.group, place.channels], EACH_COLUMN))
 
         plgpu.commit_smem()
 
@@ -327,7 +327,7 @@ def _convolve(plan, inputs):
                 reach = _read_reach(place, token + row, _STRIP, inputs.reach)
                 _, pre = _values(s.x.at[slot], row, _STRIP, reach, taps)
                 value = _where(reach, 0, pre * _sigmoid(pre))
-                s.y.at[out, pl.ds(row, _STRIP)][...] = value.astype(jnp.bfloat16)
+                write(s.y.at[out, pl.ds(row, _STRIP)], value.astype(jnp.bfloat16))
             plgpu.commit_smem()
             store = lambda part, channels: plgpu.copy_smem_to_gmem(
                 s.y.at[out], part.at[place.batch, pl.ds(token, TILE), place.group, channels]
@@ -400,7 +400,7 @@ def _gradients(plan, inputs, dy):
         nothing = constant(0.0, (_GRADIENT_STRIP, CHANNELS))
         found = lax.fori_loop(0, place.tiles, walk, (nothing,) * len(taps))
         for j, value in enumerate(found):
-            sums.at[place.batch, place.piece, j, place.group, :, place.channels][...] = value
+            write(sums.at[place.batch, place.piece, j, place.group, :, place.channels], value)
         plgpu.wait_smem_to_gmem(0)
 
     out_type = (
@@ -420,7 +420,7 @@ def _of_sums(plan, place, token, inputs, taps, found, x, dy, d):
         gate = _sigmoid(pre)
         value = read(dy.at[pl.ds(row, rows)]).astype(jnp.float32) * gate * (1.0 + pre * (1.0 - gate))
         value = _where(reach, 0, value)
-        d.at[pl.ds(row, rows)][...] = value
+        write(d.at[pl.ds(row, rows)], value)
         if row < plan.step:
             found[-1] += value
             for age, earlier in enumerate(values):
@@ -438,4 +438,4 @@ def _of_inputs(plan, place, token, inputs, taps, d, dx):
             later = _where(reach[age], age, read(d.at[pl.ds(row + age, rows)]))
             total += down(taps[count - 1 - age], rows) * later
         total = _where(reach[0], 0, total)  # at a pad it is that of an earlier input
-        dx.at[pl.ds(row, rows)][...] = total.astype(jnp.bfloat16)
+        write(dx.at[pl.ds(row, rows)], total.astype(jnp.bfloat16))

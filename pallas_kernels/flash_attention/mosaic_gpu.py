@@ -38,7 +38,7 @@ from pallas_kernels.flash_attention.mosaic_gpu_backward import backward
 from pallas_kernels.flash_attention.mosaic_merge import merge
 from pallas_kernels.flash_attention.mosaic_parts import HEAD_DIM, ROWS
 from pallas_kernels.flash_attention.view import view_of
-from pallas_kernels.mosaic import LOG2E, accumulate, constant, swizzled, too_old
+from pallas_kernels.mosaic import LOG2E, accumulate, constant, swizzled, too_old, write
 from pallas_kernels.tiles import pad_to
 
 # Where a row has seen nothing yet: low enough for any score, and finite, so that differences are never inf - inf.
@@ -156,7 +156,7 @@ def _forward_kernel(q, k, v, view, blocks):
             out, lse = _softmax_loop(wg, low, high, seen.is_whole, s, blocks, width**-0.5 * LOG2E)
             out_smem = s.q if s.out is None else s.out
             out_smem[wg] = out.astype(out_dtype)
-            s.lse[wg] = lse
+            write(s.lse.at[wg], lse)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(out_smem.at[wg], out_ref.at[split, b, rows_of(wg), h])
             plgpu.copy_smem_to_gmem(s.lse.at[wg], lse_ref.at[split, b, h, rows_of(wg)])

@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mosaic import across, constant, down, launch, read
+from pallas_kernels.mosaic import across, constant, down, launch, read, write
 
 _AT_ONCE = 32
 _WIDTH = 128
@@ -58,8 +58,8 @@ def merge(
         top, total, sums = lax.fori_loop(0, pl.cdiv(splits, each), add, start)
         seen, head = total != 0.0, g * share + lax.rem(row, share)
         query = lax.div(row, share)
-        out.at[b, query, head][...] = jnp.where(seen, sums / jnp.where(seen, total, 1.0), 0.0).astype(out.dtype)
-        slot[...] = jnp.where(seen, top + jnp.log(jnp.where(seen, total, 1.0)), -jnp.inf)
+        write(out.at[b, query, head], jnp.where(seen, sums / jnp.where(seen, total, 1.0), 0.0).astype(out.dtype))
+        write(slot, jnp.where(seen, top + jnp.log(jnp.where(seen, total, 1.0)), -jnp.inf))
         plgpu.commit_smem()
         lse[b, query, head] = slot[0]
 

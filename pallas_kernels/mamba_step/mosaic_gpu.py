@@ -25,7 +25,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.choice import with_gradient_of
 from pallas_kernels.mamba_step import xla
-from pallas_kernels.mosaic import COLUMNS, EACH_COLUMN, across, constant, down, in_place, read, softplus, too_old
+from pallas_kernels.mosaic import COLUMNS, EACH_COLUMN, across, constant, down, in_place, read, softplus, too_old, write
 from pallas_kernels.rounding import neighbour
 
 _ROWS, _COLUMNS = 16, 32  # of a warpgroup: 8 threads a row, 4 neighbouring columns each
@@ -90,7 +90,7 @@ def _step(projected, conv_state, ssm_state, conv_weight, conv_bias, A_log, D, dt
         continues = document == initial[b]
 
         x = _convolved(*of_x, continues, projected.dtype)
-        keys[...] = _convolved(*of_keys, continues, projected.dtype)
+        write(keys, _convolved(*of_keys, continues, projected.dtype))
         plgpu.commit_smem()
         B, C = (down(read(keys.at[pl.ds(i * size, size)], _EACH_COLUMN), block, _LAYOUT) for i in range(2))
         each = lambda scalar: constant(scalar.astype(jnp.float32), (block,), _EACH_ROW)
@@ -104,11 +104,11 @@ def _step(projected, conv_state, ssm_state, conv_weight, conv_bias, A_log, D, dt
 
         @pl.when(document > 0)
         def _keep():
-            state[...] = new if state.dtype == jnp.float32 else neighbour(new, number, state.dtype)
+            write(state, new if state.dtype == jnp.float32 else neighbour(new, number, state.dtype))
 
         y = y.astype(projected.dtype).astype(jnp.float32) * _silu(z.astype(jnp.float32))
-        gated.at[b, g, own][...] = y
-        squares.at[b, g, i][...] = _sum_of_squares(y, scratch)
+        write(gated.at[b, g, own], y)
+        write(squares.at[b, g, i], _sum_of_squares(y, scratch))
 
     out_type = (
         jax.ShapeDtypeStruct((batch, groups, inner), jnp.float32),
@@ -143,9 +143,9 @@ def _silu(a):
 
 def _sum_of_squares(y, scratch):
     """As a vector of copies: through shared memory, since the rows lie with different warps."""
-    scratch[...] = constant(0.0, (COLUMNS,), EACH_COLUMN)
+    write(scratch, constant(0.0, (COLUMNS,), EACH_COLUMN))
     plgpu.commit_smem()
-    scratch.at[pl.ds(0, y.shape[0])][...] = y
+    write(scratch.at[pl.ds(0, y.shape[0])], y)
     plgpu.commit_smem()
     return down(jnp.square(read(scratch, EACH_COLUMN)), _COPIES).sum(axis=1)
 

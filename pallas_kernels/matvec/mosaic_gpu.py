@@ -39,7 +39,7 @@ from pallas_kernels import hopper, persistent
 from pallas_kernels.choice import with_gradient_of
 from pallas_kernels.hopper import MATRIX_ROWS
 from pallas_kernels.matvec import resident, tuning, xla
-from pallas_kernels.mosaic import too_old
+from pallas_kernels.mosaic import too_old, write
 from pallas_kernels.norm import Norm, normalised
 from pallas_kernels.persistent import DEPTH, cut
 from pallas_kernels.tiles import pad_to
@@ -313,7 +313,7 @@ def _slot(blocks, dtype):
 def _put(y, slot):
     """Fills the slot, when what it held before is on its way."""
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    slot[...] = y.astype(slot.dtype)
+    write(slot, y.astype(slot.dtype))
     plgpu.commit_smem()
 
 

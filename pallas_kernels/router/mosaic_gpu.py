@@ -28,6 +28,7 @@ from pallas_kernels.mosaic import (
     launch,
     read,
     too_old,
+    write,
 )
 from pallas_kernels.router import xla
 from pallas_kernels.tiles import pad_to
@@ -75,14 +76,14 @@ def _choose(logits, bias, rule):
             place = jnp.where(choice == across(best, experts), expert, last).min(axis=1)
             mine = expert == across(place, experts)
             value = jnp.where(mine, score, 0.0).sum(axis=1) + 0.0 * best
-            places.at[k][...] = place
-            scores.at[k][...] = value
+            write(places.at[k], place)
+            write(scores.at[k], value)
             return jnp.where(mine, -jnp.inf, choice), total + value
 
         zeros = constant(0.0, (_ROWS,), EACH_ROW)
         choice = jnp.maximum(score + own(bias), _LEAST)
         _, total = lax.fori_loop(0, rule.chosen, take, (choice, zeros))
-        scores.at[rule.chosen][...] = rule.scale / (total + 1e-20) if rule.normalise else zeros + rule.scale
+        write(scores.at[rule.chosen], rule.scale / (total + 1e-20) if rule.normalise else zeros + rule.scale)
         plgpu.commit_smem()
         for r in range(each):
 

@@ -37,7 +37,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mosaic import accumulate, too_old
+from pallas_kernels.mosaic import accumulate, too_old, write
 from pallas_kernels.ssd import mosaic_gpu_backward, mosaic_states, mosaic_steps, tuning
 from pallas_kernels.ssd import mosaic_parts as parts
 from pallas_kernels.ssd.mosaic_parts import PER_COLUMN, PER_ROW, WGMMA
@@ -215,8 +215,8 @@ def _link(plan, slot, head, s):
         for acc, part in zip(scores, columns, strict=True):
             plgpu.wgmma(acc, s.C.at[slot], s.B.at[slot, part].transpose((1, 0)))
         coarse, fine, step = parts.load_vectors(vectors, PER_ROW)
-        s.into.at[slot, head][...] = jnp.exp2(coarse + fine)
-        s.outof.at[slot, head][...] = parts.to_end(vectors, coarse, fine) * step
+        write(s.into.at[slot, head], jnp.exp2(coarse + fine))
+        write(s.outof.at[slot, head], parts.to_end(vectors, coarse, fine) * step)
         for first, acc, part in zip(starts, scores, columns, strict=True):
             links = acc[...] * _decays(vectors, coarse, fine, first, part)
             s.links.at[slot, head, :, part][...] = links.astype(jnp.bfloat16)

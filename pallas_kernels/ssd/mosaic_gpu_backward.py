@@ -39,7 +39,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.documents import without_pads
-from pallas_kernels.mosaic import accumulate, launch, read, swizzled
+from pallas_kernels.mosaic import accumulate, launch, read, swizzled, write
 from pallas_kernels.ssd import mosaic_parts as parts
 from pallas_kernels.ssd import mosaic_states, mosaic_steps, tuning
 from pallas_kernels.ssd.mosaic_parts import PER_COLUMN, PER_ROW, WGMMA
@@ -273,7 +273,7 @@ def _decays(rows, columns):
 
 def _store(ref, tokens, **sums):
     for name, value in sums.items():
-        ref.at[_Sums._fields.index(name), tokens][...] = value
+        write(ref.at[_Sums._fields.index(name), tokens], value)
 
 
 def _from_outputs(place, inputs, outputs, s):
@@ -336,7 +336,7 @@ def _add_products(sums, a, b, slabs):
 
 def _store_keys(place, ref, slabs, values):
     for slab, value in zip(slabs, values, strict=True):
-        ref.at[place.batch, place.tokens, place.group, slab][...] = value.astype(jnp.bfloat16)
+        write(ref.at[place.batch, place.tokens, place.group, slab], value.astype(jnp.bfloat16))
 
 
 def _from_inputs(place, skip, outputs, s):

@@ -18,7 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import documents as docs
 from pallas_kernels import mosaic
-from pallas_kernels.mosaic import launch, read
+from pallas_kernels.mosaic import launch, read, write
 from pallas_kernels.ssd.tuning import CHUNK, ROWS
 from pallas_kernels.tiles import pad_to
 
@@ -177,7 +177,7 @@ def log_decay_between(rows, columns):
 
 def store_state(ref, slabs, state):
     for slab, value in zip(slabs, state, strict=True):
-        ref.at[:, slab][...] = value
+        write(ref.at[:, slab], value)
 
 
 def load_transposed(tile):

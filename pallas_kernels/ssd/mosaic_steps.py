@@ -35,6 +35,7 @@ from pallas_kernels.mosaic import (
     launch,
     read,
     softplus,
+    write,
 )
 from pallas_kernels.ssd import mosaic_parts as parts
 from pallas_kernels.ssd import xla
@@ -97,13 +98,13 @@ def steps(dt, A, dt_bias, dt_limit, documents, initial_document) -> parts.Steps:
         _sum_up(s.coarse, coarse)
         _sum_up(s.fine, log_decay - coarse)
         last = [read(ref.at[_ZEROS + CHUNK - 1, pl.ds(0, _HEADS)], EACH_COLUMN) for ref in (s.coarse, s.fine)]
-        ends.at[batch, chunk, heads][...] = sum(last)
+        write(ends.at[batch, chunk, heads], sum(last))
         for index, ref in ((COARSE, s.coarse), (FINE, s.fine)):
-            vectors.at[batch, heads, index, tokens][...] = _transposed(ref)
+            write(vectors.at[batch, heads, index, tokens], _transposed(ref))
         plgpu.commit_smem()  # all have read what comes here
-        _rows(s.fine, _ZEROS)[...] = step
+        write(_rows(s.fine, _ZEROS), step)
         plgpu.commit_smem()
-        vectors.at[batch, heads, STEP, tokens][...] = _transposed(s.fine)
+        write(vectors.at[batch, heads, STEP, tokens], _transposed(s.fine))
 
     run = launch(body, "ssd_steps", grid, 1, out_type, scratch, approximate=False)
     vectors, ends = run(dt, flat(A), flat(dt_bias), *kinds)
@@ -137,14 +138,14 @@ def _token_until(length, chunk):
 
 def _sum_up(ref, value):
     """Leaves the running sums of `value`, [tokens, heads], in the rows of `ref` from `_ZEROS` on."""
-    ref.at[pl.ds(0, _ZEROS), pl.ds(0, _HEADS)][...] = constant(0.0, (_ZEROS, _HEADS))
+    write(ref.at[pl.ds(0, _ZEROS), pl.ds(0, _HEADS)], constant(0.0, (_ZEROS, _HEADS)))
     own = _rows(ref, _ZEROS)
     for step in _DOUBLINGS:
-        own[...] = value
+        write(own, value)
         plgpu.commit_smem()
         value += read(_rows(ref, _ZEROS - step))
         plgpu.commit_smem()  # all have read what is written next
-    own[...] = value
+    write(own, value)
     plgpu.commit_smem()
 
 
