@@ -91,6 +91,8 @@ def _check_apart(source: Path, target: Path) -> None:
     a, b = source.resolve(), target.resolve()
     if a == b or a in b.parents or b in a.parents:
         raise InputError(f"{target}: lies inside the source {source} or contains it; choose a target apart from it")
+    if layout.is_leftover(a, b):
+        raise InputError(f"{source}: by its name, what a killed run into {target} left; give it another name first")
 
 
 def _write_orbax(source: Source, partial: Path, bar, sizes: dict[str, int]) -> int:

@@ -116,7 +116,7 @@ def compare_logits(a: str | os.PathLike, b: str | os.PathLike, *, length: int = 
     """Runs both checkpoints in float32 on the same random tokens, one after the other.
 
     Raises:
-      InputError: as `nemojax.load`; or the vocabularies differ.
+      InputError: as `nemojax.load`; or the vocabularies differ; or logits are NaN.
     """
     x, y = (_logits(path, length, seed) for path in (a, b))
     if x.shape != y.shape:
@@ -146,4 +146,7 @@ def _logits(path: str | os.PathLike, length: int, seed: int) -> np.ndarray:
 
     model, params = load(path, dtype="float32")
     tokens = jax.random.randint(jax.random.key(seed), (1, length), 0, model.config.vocab_size, jnp.int32)
-    return np.asarray(jax.jit(model.apply)({"params": params}, tokens).logits[0])
+    logits = np.asarray(jax.jit(model.apply)({"params": params}, tokens).logits[0])
+    if np.isnan(logits).any():
+        raise InputError(f"{path}: its logits are NaN, so there is nothing to compare; look for NaN among its weights")
+    return logits

@@ -31,7 +31,7 @@ class Checkpoints:
 
     def __init__(self, run: Path, keep: int):
         self._checkpointer = ocp.training.Checkpointer(
-            (run / "checkpoints").absolute(),
+            (run / "checkpoints").resolve(),
             preservation_policy=ocp.training.preservation_policies.LatestN(keep),
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
             cleanup_tmp_directories=True,

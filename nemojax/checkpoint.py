@@ -206,7 +206,8 @@ def read_orbax(path: Path, abstract: dict[str, Any]) -> dict[str, Any]:
 
 
 def _params(path: Path) -> Path:
-    return (path / layout.PARAMS).absolute()  # Orbax refuses relative paths
+    # Orbax refuses relative paths, and takes `link/..` for nothing, which a file system does not.
+    return (path / layout.PARAMS).resolve()
 
 
 def _unreadable(path: Path, error: Exception) -> InputError:

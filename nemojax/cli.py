@@ -13,6 +13,7 @@ from pathlib import Path
 from nemojax.errors import InputError
 
 _LARGEST = "the largest parameter, and all that a call computes, must fit"
+_READER_GONE = 141  # as a shell says it of a program that SIGPIPE ended
 _OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory")
 
 
@@ -160,10 +161,12 @@ def _silence_libraries() -> None:
 def run() -> None:
     """Entry point of the installed command."""
     _silence_libraries()
-    # Progress and results go to different streams; a closed pipe (`| head`) is not an error.
+    # Progress and results go to different streams. A closed pipe (`| head`) needs no message, but whoever asks for the
+    # exit code must not read a verdict in it.
     try:
         code = main()
+        sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
+        code = _READER_GONE
     sys.exit(code)

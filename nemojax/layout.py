@@ -73,6 +73,7 @@ def new_directory(target: Path, *, overwrite: bool, needed_bytes: int) -> Iterat
         current directory.
     """
     target = Path(target).resolve()  # a link to a directory could not be replaced at the end
+    _check_name(target)
     _check_target(target, overwrite)
     partial = _beside(target, "partial")
     try:
@@ -98,6 +99,12 @@ def new_directory(target: Path, *, overwrite: bool, needed_bytes: int) -> Iterat
                 f"{target}: cannot be written, no space is left on the disk; make room and start again"
             ) from None
         raise
+
+
+def _check_name(target: Path) -> None:
+    """TensorStore takes a backslash for the end of a directory's name, and needs UTF-8."""
+    if "\\" in str(target) or any("\udc80" <= letter <= "\udcff" for letter in str(target)):
+        raise InputError(f"{str(target)!r}: Orbax cannot store under a name with a backslash or one that is not UTF-8")
 
 
 def _check_target(target: Path, overwrite: bool) -> None:
@@ -130,6 +137,12 @@ def _is_checkpoint(directory: Path) -> bool:
 
 def _beside(target: Path, role: str) -> Path:
     return target.parent / f".{target.name}.{role}"
+
+
+def is_leftover(path: Path, target: Path) -> bool:
+    """Whether, by its name, `path` is what `new_directory` leaves of `target` when it is killed; both are resolved."""
+    names = _beside(target, "partial"), _beside(target, "replaced")
+    return path in names or (path.parent == target.parent and path.name.startswith(_beside(target, "deleted-").name))
 
 
 def _finish_exchange(target: Path) -> None:

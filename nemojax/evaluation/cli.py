@@ -8,6 +8,7 @@ import difflib
 import os
 import sys
 import time
+from collections import Counter
 from typing import Any
 
 from nemojax.errors import InputError
@@ -162,6 +163,9 @@ def _tasks(names: str) -> list[Any]:
     from nemojax.evaluation.tasks import resolve, shipped
 
     specs = resolve(names)
+    known = Counter(spec if isinstance(spec, str) else spec["task"] for spec in specs)
+    if twice := [name for name, count in known.items() if count > 1]:
+        raise InputError(f"--tasks: {', '.join(twice)} is there twice; results are told apart by the name of a task")
     manager = TaskManager(include_defaults=any(isinstance(spec, str) for spec in specs))
     found = []
     for spec in specs:

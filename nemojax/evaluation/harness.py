@@ -234,6 +234,7 @@ class NemojaxLM(TemplateLM):
         """Keeps the end of what is too long, as lm-eval's own model does."""
         if not continuation:
             raise InputError("loglikelihood: a continuation has no tokens; the task's target must not be empty")
+        context = context or [self.prefix_token_id]  # of white space, a tokenizer may leave nothing
         self.truncated += len(context) + len(continuation) > self.max_length + 1
         tokens = [*context, *continuation][-(self.max_length + 1) :]
         scored = min(len(continuation), len(tokens) - 1)
@@ -275,6 +276,8 @@ def _normalised(settings: dict[str, Any], max_gen_toks: int) -> dict[str, Any]:
                 f"settings of generation: {name}={found[name]!r} has no effect here; known are "
                 f"{', '.join(sorted(_SETTINGS))}"
             )
+    if found["max_gen_toks"] < 1:
+        raise InputError(f"settings of generation: max_gen_toks={found['max_gen_toks']}, but at least 1 is needed")
     return found
 
 

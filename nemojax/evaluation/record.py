@@ -29,8 +29,8 @@ class Record:
       answers: result by key.
 
     Raises:
-      InputError: the folder holds an evaluation and `resume` is off, or one with other settings, or it is damaged, or
-        another process is adding to it.
+      InputError: the folder holds an evaluation and `resume` is off, or one with other settings, or answers of unknown
+        settings, or it is damaged, or another process is adding to it.
     """
 
     def __init__(self, folder: str | os.PathLike, settings: dict[str, Any], *, resume: bool):
@@ -41,6 +41,8 @@ class Record:
             raise InputError(f"{folder}: holds an evaluation; add --resume to go on with it, or give another --output")
         if path.exists():
             _compare(path, settings)
+        elif (self.folder / ANSWERS).exists() and (self.folder / ANSWERS).stat().st_size:
+            raise InputError(f"{self.folder / ANSWERS}: of what, no {SETTINGS} beside it says; give another --output")
         self.folder.mkdir(parents=True, exist_ok=True)
         self._file = (self.folder / ANSWERS).open("ab")
         try:

@@ -63,8 +63,10 @@ def _located(files: Any, folder: Path) -> Any:
         return {split: _located(value, folder) for split, value in files.items()}
     if isinstance(files, list):
         return [_located(value, folder) for value in files]
-    if "://" in files or "*" in files:
+    if "://" in files:
         return files  # a matter of `datasets`
+    if "*" in files:
+        return str(folder.resolve() / files)
     path = (folder / files).resolve()
     if path.suffix == ".jsonl":
         check_lines(path)

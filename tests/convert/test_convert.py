@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import math
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from processes import environment
 
 import nemojax
 from convert.hf_reader import HFReader
@@ -283,6 +286,38 @@ def test_verify_sees_the_config(tmp_path: Path, capsys: pytest.CaptureFixture) -
 def test_verify_refuses_a_wrong_number_of_tokens(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert run("verify", tmp_path, tmp_path, "--logits", "--tokens", 0) == 2
     assert "--tokens must be at least 1, got 0" in capsys.readouterr().err
+
+
+def test_verify_refuses_logits_of_nan(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    arrays = arrays_of(SMALL)
+    arrays["backbone.norm_f.weight"][0] = np.nan
+    write_hf(tmp_path / "a", SMALL, arrays)
+    assert run("verify", tmp_path / "a", tmp_path / "a", "--logits", "--tokens", 4) == 2
+    assert "its logits are NaN" in capsys.readouterr().err
+
+
+def test_a_link_upwards_is_what_the_file_system_takes_it_for(tmp_path: Path) -> None:
+    """`link/..` is above what the link leads to, not beside the link."""
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        arrays = {key: array if name == "a" else np.zeros_like(array) for key, array in arrays_of(SMALL).items()}
+        write_hf(tmp_path / f"{name}-hf", SMALL, arrays)
+        assert run("convert", tmp_path / f"{name}-hf", tmp_path / name / "orbax") == 0
+    (tmp_path / "a/below").mkdir()
+    (tmp_path / "b/link").symlink_to("../a/below")
+    assert run("verify", tmp_path / "a-hf", tmp_path / "b/link/../orbax") == 0
+
+
+def test_a_reader_that_goes_gets_no_verdict(tmp_path: Path) -> None:
+    path = write_hf(tmp_path / "hf")
+    command = subprocess.Popen(
+        [sys.executable, "-m", "nemojax", "verify", path, path],
+        stdout=subprocess.PIPE,
+        env=environment(),
+        cwd=REPOSITORY,
+    )
+    command.stdout.close()
+    assert command.wait() == 141
 
 
 def test_verify_refuses_another_model(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

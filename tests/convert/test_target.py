@@ -160,6 +160,22 @@ def test_source_and_target_are_apart(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize("name", [".out.partial", ".out.replaced", ".out.deleted-7"])
+def test_a_source_is_not_taken_for_a_leftover(tmp_path: Path, name: str, capsys: pytest.CaptureFixture) -> None:
+    write_hf(tmp_path / name)
+    before = sorted(tmp_path.rglob("*"))
+    assert run("convert", tmp_path / name, tmp_path / "out", "--overwrite") == 2
+    assert "what a killed run into" in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["a\\b", os.fsdecode(b"a\xff")], ids=["backslash", "not UTF-8"])
+def test_a_name_that_orbax_would_change_is_refused(tmp_path: Path, name: str, capsys: pytest.CaptureFixture) -> None:
+    assert run("convert", write_hf(tmp_path / "hf"), tmp_path / name) == 2
+    assert "Orbax cannot store under a name" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ["hf"]
+
+
 def test_target_filled_meanwhile_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, target = write_hf(tmp_path / "hf"), tmp_path / "target"
 

@@ -46,6 +46,13 @@ def test_answers_come_in_the_order_of_the_requests(lm):
         assert a.log_prob == pytest.approx(b.log_prob, abs=1e-4)
 
 
+def test_a_context_without_tokens_is_an_empty_one(lm):
+    """Of white space, a tokenizer may leave nothing; the first token of the continuation is scored all the same."""
+    request = lambda context: ((None, None), context, [5, 7])
+    bare, begun = lm._loglikelihood_tokens([request([]), request([lm.prefix_token_id])], disable_tqdm=True)
+    assert bare.log_prob == begun.log_prob
+
+
 def test_what_is_too_long_loses_its_beginning_and_is_counted(lm):
     before = lm.truncated
     tail = "the end of it"
@@ -80,8 +87,9 @@ def test_a_rolling_text_is_the_sum_of_its_windows(lm):
         (dict(temperature="abc"), "settings of generation .*: could not convert string to float: 'abc'"),
         (dict(temprature=0.9), "temprature=0.9 has no effect here; known are do_sample, max_gen_toks, temp"),
         (dict(repetition_penalty=1.2), "repetition_penalty=1.2 has no effect here"),
+        (dict(max_gen_toks=0), "max_gen_toks=0, but at least 1 is needed"),
     ],
-    ids=["temperature", "top-p", "text", "unknown", "not-here"],
+    ids=["temperature", "top-p", "text", "unknown", "not-here", "nothing"],
 )
 def test_wrong_settings_of_generation_are_named(lm, settings, message):
     with pytest.raises(InputError, match=message):

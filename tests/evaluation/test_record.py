@@ -36,6 +36,14 @@ def test_another_evaluation_is_refused(tmp_path, settings, resume, message):
         Record(tmp_path, settings, resume=resume)
 
 
+def test_answers_to_nobody_knows_what_are_refused(tmp_path):
+    (tmp_path / ANSWERS).write_text('{"important": 1}')
+    for resume in (False, True):
+        with pytest.raises(InputError, match="of what, no run.json beside it says"):
+            Record(tmp_path, {}, resume=resume)
+    assert (tmp_path / ANSWERS).read_text() == '{"important": 1}'
+
+
 def test_two_at_a_time_are_refused(tmp_path):
     record = Record(tmp_path, {}, resume=False)
     with pytest.raises(InputError, match="another run is writing there"):

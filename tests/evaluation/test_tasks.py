@@ -41,6 +41,11 @@ def test_data_is_found_beside_the_task(tmp_path, monkeypatch):
     assert task["dataset_kwargs"]["data_files"] == {"test": str(tmp_path / "mine.jsonl")}
 
 
+def test_so_are_files_of_a_pattern(tmp_path):
+    files = {"test": ["*.jsonl", "https://x/*.jsonl"]}
+    assert tasks._located(files, tmp_path) == {"test": [str(tmp_path / "*.jsonl"), "https://x/*.jsonl"]}
+
+
 def test_shipped_tasks_are_whole_and_small():
     for name in tasks.shipped():
         (task,) = tasks.resolve(name)
@@ -56,6 +61,7 @@ def test_shipped_tasks_are_whole_and_small():
         (["--tasks", "no.yaml"], "no such task file"),
         (["--tasks", "python_choise"], "did you mean python_choice"),
         (["--tasks", "a,,b"], "a name is empty"),
+        (["--tasks", "python_text,python_text"], "python_text is there twice"),
         (["--tasks", "python_text", "--resume"], "--resume needs --output"),
         (["--tasks", "python_text", "--batch-size", "0"], "--batch-size must be at least 1, got 0"),
         (["--tasks", "python_text", "--limit", "-1"], "--limit must be positive"),
