@@ -253,7 +253,8 @@ def _load_inputs(place, tile, x, target, barrier):
     copy = lambda tokens, target: plgpu.copy_gmem_to_smem(
         x.at[place.batch, tokens, place.group, place.inputs], target, barrier
     )
-    pl.when(token == 0)(lambda: copy(pl.ds(0, TILE), target.at[pl.ds(HALO, TILE)]))
+    # From `token`, though it is 0: JAX holds a number that it knows against the length, which may be less than a tile.
+    pl.when(token == 0)(lambda: copy(pl.ds(token, TILE), target.at[pl.ds(HALO, TILE)]))
     pl.when(token > 0)(lambda: copy(pl.ds(token - HALO, HALO + TILE), target))
 
 
