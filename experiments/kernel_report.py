@@ -117,7 +117,7 @@ def kernel_rows() -> Iterator[str]:
 
 def _rows(name: str, work: Work, kernels: Sequence[Kernel]) -> Iterator[str]:
     floor = f"{1e6 * work.seconds:,.0f}"
-    for k in dict.fromkeys(kernels):  # the gradients of both weights are the same kernel twice
+    for k in kernels:
         numbers = (k.registers, k.spill_bytes, k.shared_memory, k.wgmma, k.tma, k.thread_blocks)
         yield f"| {name} | {floor} | {k.name} | " + " | ".join(f"{n:,}" for n in numbers) + " |"
     if not kernels:

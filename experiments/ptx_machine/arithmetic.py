@@ -230,12 +230,16 @@ def _permute(instruction):
 
 
 def _setp(instruction):
-    _, compare, *more = instruction.parts
-    if len(instruction.operands) != 3 or more[:-1]:
+    _, compare, *joint, kind = instruction.parts
+    if len(instruction.operands) != 3 + len(joint) or joint not in ([], ["and"], ["or"], ["xor"]):
         raise UnknownInstruction(f"the form {instruction.op}")
-    a, b = _sources(instruction, DTYPES[more[-1]], 1, 2)
+    a, b = _sources(instruction, DTYPES[kind], 1, 2)
     run = _COMPARE[_UNSIGNED_COMPARE.get(compare, compare)]
-    return lambda team: run(np.asarray(a(team)), b(team))
+    if not joint:
+        return lambda team: run(np.asarray(a(team)), b(team))
+    text = instruction.operands[3]
+    other, negated = source(instruction, text.lstrip("!"), DTYPES["pred"]), text.startswith("!")
+    return lambda team: _BINARY[joint[0]](run(np.asarray(a(team)), b(team)), np.asarray(other(team)) ^ negated)
 
 
 def _selp(instruction):

@@ -31,7 +31,7 @@ from experiments.ptx_machine.team import Block, Stores, Team
 _TENSOR = re.compile(r"\[(%\w+),\s*(\{[^}]*\})\s*\]")
 _ALIGNED = 128  # of a tile in shared memory
 _BULK_ALIGNED = 16
-_LOAD = {"cp", "async", "bulk", "tensor", "shared::cluster", "global", "mbarrier::complete_tx::bytes"}
+_LOAD = {"cp", "async", "bulk", "tensor", "shared::cluster", "shared::cta", "global", "mbarrier::complete_tx::bytes"}
 _PREFETCH = {"cp", "async", "bulk", "prefetch", "tensor", "L2", "global", "tile"}
 _STORE = {"cp", "async", "bulk", "tensor", "global", "shared::cta", "bulk_group"}
 _DIMENSIONS = {f"{n}d" for n in range(1, 6)}
@@ -149,7 +149,7 @@ def _prefetch(instruction):
 
 
 def _load(instruction):
-    multicast = "multicast::cluster" in instruction.parts
+    multicast, own = "multicast::cluster" in instruction.parts, "shared::cta" in instruction.parts
     _check_form(instruction, _LOAD | {"multicast::cluster"})
     place, barrier = address(instruction, instruction.operands[0]), address(instruction, instruction.operands[2])
     tensor = _tensor(instruction, instruction.operands[1])
@@ -161,6 +161,10 @@ def _load(instruction):
         blocks = np.broadcast_to(targets(team), team.shape) if multicast else None
         for thread in np.flatnonzero(np.ones(team.size) if mask is None else mask):
             block, local = cluster.peer(team, int(to[thread]))
+            if own and block is not team.block:
+                raise BadAddress(
+                    f"{instruction.op} into block {block.rank} of the cluster from block {team.block.rank}"
+                )
             tile = _Tile(team, int(pointer[thread]), [int(c[thread]) for c in corner], local)
             _read_source(team, tile, int(team.warp_of[thread]))
             _, local_barrier = cluster.peer(team, int(of[thread]))

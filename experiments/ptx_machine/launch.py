@@ -1,7 +1,8 @@
 """How the host launches a kernel, read from the log of Mosaic's passes.
 
 The host function is straight-line code that fills in the descriptors of TMA and launches: it is run here, pointers
-being (argument, bytes). Section read: the last one that has both the launch and the arguments' shapes.
+being (argument, bytes), and a view of an array its pointer: one with an offset is refused. Section read: the last one
+that has both the launch and the arguments' shapes.
 """
 
 from __future__ import annotations
@@ -20,6 +21,15 @@ _LAUNCH = re.compile(
     r"gpu\.launch_func .*?(?:clusters in \((?P<cluster>[^)]*)\) )?blocks in \((?P<grid>[^)]*)\) "
     r"threads in \((?P<threads>[^)]*)\).*?dynamic_shared_memory_size (?P<shared>%\w+) args\((?P<args>.*?)\) loc"
 )
+_SAME = {
+    "builtin.unrealized_conversion_cast",
+    "llvm.inttoptr",
+    "llvm.ptrtoint",
+    "memref.cast",
+    "memref.extract_aligned_pointer_as_index",
+    "memref.reinterpret_cast",
+    "memref.transpose",
+}
 _SECTION = "Before CSEPass: cse ('builtin.module'"
 
 
@@ -75,9 +85,9 @@ class _Host:
     def run(self, line: str) -> None:
         if "call @mosaic_gpu_init_tma_desc" in line:
             self.describe([self.values[name] for name in _VALUE.findall(line.split(") : (")[0])])
-        elif line.startswith("llvm.store"):
-            value, place = (self.values[name] for name in _VALUE.findall(line))
-            self.stack[place] = value
+        elif line.startswith(("llvm.store", "memref.store")):  # jax 0.11, jax 0.12: both of i64
+            value, place, *index = (self.values[name] for name in _VALUE.findall(line))
+            self.stack[Pointer(place.place, place.offset + 8 * sum(index))] = value
         elif found := _RESULT.match(line):
             self.values[found[1]] = self.result(found[1], found[2], found[3], line)
 
@@ -87,8 +97,14 @@ class _Host:
             return int(re.search(r"constant\((-?\d+)", line)[1])
         if op in ("llvm.mlir.undef", "llvm.mlir.zero"):
             return None
-        if op == "llvm.alloca":
+        if op in ("llvm.alloca", "memref.alloca()"):
             return Pointer(name)
+        if op == "llvm.extractvalue":
+            return self.field(operands[0], rest)
+        if op == "llvm.mul":
+            return operands[0] * operands[1]
+        if op == "llvm.add":
+            return Pointer(operands[0].place, operands[0].offset + operands[1])
         if op == "llvm.getelementptr":
             return self.element(operands[0], rest)
         if op == "llvm.load":
@@ -98,10 +114,15 @@ class _Host:
             return next((v for v in (*operands[1:], operands[0]) if isinstance(v, Pointer)), None)
         if op == "memref.reinterpret_cast" and "offset: [0]" not in rest:
             raise UnknownInstruction(f"a view with an offset on the host: {line}")
-        same = ("builtin.unrealized_conversion_cast", "llvm.inttoptr", "memref.reinterpret_cast", "memref.transpose")
-        if op in (*same, "memref.extract_aligned_pointer_as_index", "memref.cast"):
+        if op in _SAME:
             return operands[0]
         raise UnknownInstruction(f"{op} on the host: {line}")
+
+    @staticmethod
+    def field(view: Pointer, rest: str) -> Pointer | int:
+        """Of a view: the array's pointer, the pointer of its first element, the offset in elements."""
+        index = int(re.search(r"\[(\d+)\]", rest)[1])
+        return (view, view, 0)[index]
 
     @staticmethod
     def element(base: Pointer, rest: str) -> Pointer:

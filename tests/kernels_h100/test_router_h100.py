@@ -37,3 +37,12 @@ def test_any_number_of_experts(experts):
 def test_groups():
     logits, bias = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((16, 256), (256,)))
     check(lambda logits, bias: choose_experts(logits, bias, Rule(8, groups=8, kept=4)), logits, bias)
+
+
+def test_a_kernel_made_before():
+    """JAX 0.12 makes a kernel once in a process; every report shows what its program calls."""
+    program = programs.router(preset("nano-30b-a3b"), 5)
+    first, again = (compile_for_h100(program.function, *program.arguments).kernels for _ in range(2))
+    assert first == again
+    (kernel,) = again
+    assert kernel.name == "choose_experts"
