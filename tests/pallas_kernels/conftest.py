@@ -1,5 +1,7 @@
 """What tests in the GPU interpreter share."""
 
+import dataclasses
+
 import jax
 import pytest
 import races
@@ -13,7 +15,10 @@ def interpreter():
     if not hasattr(plgpu, "InterpretGPUParams"):
         pytest.skip("the interpreter needs jax 0.11")
     jax.clear_caches()
-    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)), races.watched():
+    params = plgpu.InterpretGPUParams(detect_races=True)
+    if hasattr(params, "on_race"):  # jax 0.12, which raises where nothing is said
+        params = dataclasses.replace(params, on_race="warn")
+    with plgpu.force_gpu_interpret_mode(params), races.watched():
         yield
     jax.clear_caches()
 
