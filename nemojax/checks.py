@@ -57,8 +57,9 @@ def ids(name: str, value: Any, segment_ids: jax.Array | None = None) -> jax.Arra
         raise InputError(f"{name} must hold integers, got dtype {array.dtype}")
     if array.ndim != 2 or 0 in array.shape:
         raise InputError(f"{name} must have shape [batch, tokens] with at least one of each, got {array.shape}")
-    if array.dtype.itemsize > 4 and known(array):
-        wide = np.abs(np.asarray(array)) > np.iinfo(np.int32).max
+    if not np.can_cast(array.dtype, np.int32) and known(array):
+        values, most = np.asarray(array), np.iinfo(np.int32).max
+        wide = (values > most) | (values < -most)
         if segment_ids is not None and known(segment_ids) and segment_ids.shape == array.shape:
             wide &= np.asarray(segment_ids) > 0
         if wide.any():

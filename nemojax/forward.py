@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from nemojax.cache import MAMBA_AXES, Cache, state_axes
+from nemojax.cache import MAMBA_AXES, Cache, cache_axes, state_axes
 from nemojax.config import LAYER_KINDS, Config
+from nemojax.dispatch import check
 from nemojax.errors import InputError
 from nemojax.layers.block import block
 from nemojax.layers.moe import Routing
@@ -81,18 +82,26 @@ def backbone(
 
     With `remat`, the backward pass keeps only the residual stream and computes each layer again. `mesh` is the one on
     which the parameters lie; `dispatch` names a strategy of `nemojax.dispatch`.
+
+    Raises:
+      InputError: there is no such strategy, or parameters or cache do not divide over the mesh.
     """
+    check(dispatch)
+    cut = None if mesh is None else Cut.of(mesh, config, *tokens.shape)
     segments, cache_out = enter(segment_ids, cache, tokens.shape[1])
+    if cut is not None and cache_out is not None:
+        # Left to itself, XLA splits the slots of two calls in one program, and loses the last one of each shard.
+        slots = cut.whole_rows(segments.slots)
+        segments, cache_out = segments._replace(slots=slots), cache_out._replace(documents=slots)
     if segment_ids is not None:
         tokens = jnp.where(segment_ids > 0, tokens, 0)  # a pad may carry any id
     fits, states = None, None
     if cache is not None:
         fits, states = cache.length + tokens.shape[1] <= cache.max_len, cache.layers
     run = functools.partial(_layers, config=config, capture=capture, implementation=implementation, remat=remat)
-    if mesh is None:
+    if cut is None:
         hidden, states, captured = run(segments, params, tokens, states, fits)
     else:
-        cut = Cut.of(mesh, config, *tokens.shape)
         if cache is not None and cache.max_len % mesh.shape["sequence"]:
             raise InputError(
                 f"cache of {cache.max_len} slots does not divide over the mesh {describe(mesh)}; make it with "
@@ -108,6 +117,9 @@ def backbone(
         hidden, states, captured = run(params, tokens, states, fits)
     if cache_out is not None:
         cache_out = cache_out._replace(layers=states)
+        if cut is not None:
+            # As `init_cache` lays it out, so that the next call is the same program.
+            cache_out = jax.lax.with_sharding_constraint(cache_out, cut.shardings(cache_axes(config)))
     return Backbone(hidden, cache_out, captured, segments)
 
 

@@ -102,6 +102,9 @@ def generate(
 
 def _key(key):
     if not isinstance(key, (int, np.integer)):
+        typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+        if not (key.shape == () if typed else getattr(key, "dtype", None) == np.uint32 and key.ndim == 1):
+            raise InputError(f"key must be one random key, as jax.random.key makes it, or a seed, got {key!r}")
         return key
     if not -(2**63) <= key < 2**63:
         raise InputError(f"key: a seed has 64 bits, got {key}")
@@ -146,8 +149,8 @@ def _prompts(tokens: Any, segment_ids: Any) -> tuple[Any, Any]:
     if not rows:
         raise InputError("tokens: no prompt given")
     length = max(row.size for row in rows)
-    pad = lambda row, value: np.concatenate([np.zeros(length - row.size, np.int64), value])
-    return np.stack([pad(r, r) for r in rows]), np.stack([pad(r, np.ones_like(r)) for r in rows])
+    pad = lambda row: np.pad(row.astype(np.int64), (length - row.size, 0))
+    return np.stack([pad(r) for r in rows]), np.stack([pad(np.ones_like(r)) for r in rows])
 
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import numbers
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -110,7 +111,7 @@ class Plan:
         how = "peak" if self.programs else "estimated peak"
         if not self.fits:
             return [f"does not fit: {how} {needed}: {_gb(-self.free_bytes)} too much"]
-        fraction = math.ceil(100 * self.peak_bytes / self.target.memory) / 100 + 0.01
+        fraction = min(math.ceil(100 * self.peak_bytes / self.target.memory) / 100 + 0.01, 1)
         hint = f"JAX takes 75% of a GPU by default: set XLA_PYTHON_CLIENT_MEM_FRACTION={fraction:.2f}"
         return [f"fits: {how} {needed}: {_gb(self.free_bytes)} left", *([hint] if fraction > 0.75 else [])]
 
@@ -144,11 +145,13 @@ def plan(
       state_dtype: of the Mamba-2 states in the cache; see `init_cache`.
 
     Raises:
-      InputError: a number is not positive, or the mesh, the device or the dtype is unknown.
+      InputError: a number is not whole and positive, or the mesh, the device, a program or the dtype is unknown.
     """
     for name, value in (("context", context), ("batch", batch), ("piece", piece)):
-        if value < 1:
-            raise InputError(f"plan: {name} must be at least 1, got {value}")
+        if not isinstance(value, numbers.Integral) or value < 1:
+            raise InputError(f"plan: {name} must be a whole number, at least 1, got {value!r}")
+    if unknown := set(programs) - set(PROGRAMS):
+        raise InputError(f"plan: there is no program {', '.join(sorted(unknown))}; known: {', '.join(PROGRAMS)}")
     target, piece = gpu(device), min(piece, context)
     sizes = mesh_sizes(mesh or {})
     count = math.prod(sizes.values())
@@ -160,8 +163,8 @@ def plan(
             missing = str(error)
     grid = make_mesh(sizes, devices) if devices else AbstractMesh(tuple(sizes.values()), tuple(sizes))
     params, cache, tokens = _abstract(config, batch, context, grid, state_dtype)
-    numbers = _device_bytes(params), _device_bytes(cache), _estimated_temp(Cut.of(grid, config, batch, piece))
-    done = Plan(target, count, mesh, context, batch, piece, *numbers, missing=missing)
+    amounts = _device_bytes(params), _device_bytes(cache), _estimated_temp(Cut.of(grid, config, batch, piece))
+    done = Plan(target, count, mesh, context, batch, piece, *amounts, missing=missing)
     if devices is None:
         return done
     compile_step = functools.partial(_compile, config, grid, params, cache)

@@ -84,10 +84,28 @@ def convolve(axis: Axis, x: Float[Array, "B T G X"], weight: Array, bias: Array 
 # ------------------------------------------------------------------------------------------------ Mamba-2 scan
 
 
-def combine_states(left: tuple[Array, Array], right: tuple[Array, Array]) -> tuple[Array, Array]:
-    """(decay [B, G, H], state [B, G, H, P, N]) of two spans."""
-    (a1, s1), (a2, s2) = left, right
-    return a1 * a2, a2[..., None, None] * s1 + s2
+class Span(NamedTuple):
+    """What a span does to a state.
+
+    Attributes:
+      decay: of what was there before. state: what it adds.
+      open: whether the document that is open at its end was so before: else nothing passes, whatever it is.
+    """
+
+    decay: Float[Array, "B G H"]
+    state: Float[Array, "B G H P N"]
+    open: Bool[Array, "B"]
+
+    def after(self, state: Float[Array, "B G H P N"]) -> Float[Array, "B G H P N"]:
+        """The state at its end. What belongs to a finished document may be NaN, which no factor 0 removes."""
+        passes = self.open[:, None, None]
+        passing = jnp.where(passes[..., None, None], state, 0)
+        return jnp.where(passes, self.decay, 0)[..., None, None] * passing + self.state
+
+
+def combine_spans(left: Span, right: Span) -> Span:
+    """The span of two."""
+    return Span(left.decay * right.decay, right.after(left.state), left.open & right.open)
 
 
 def scan_states(
@@ -112,23 +130,23 @@ def scan_states(
       segments: this shard's documents.
     """
     numbers, owner = segments.documents, segments.initial_document
+    goes_on, is_open = None, jnp.ones(state.shape[:1], bool)
     if numbers is not None:
         is_real = (numbers > 0)[..., None, None]
         dt, C = jnp.where(is_real, dt, 0), jnp.where(is_real, C, 0)
-    log_decay = jnp.cumsum(dt * A, axis=1)
-    decay = jnp.exp(log_decay)
-    through = decay[:, -1]
-    if numbers is not None:
-        through = jnp.where((documents.last(numbers, owner) == owner)[:, None, None], through, 0)
-        decay = jnp.where((numbers == owner[:, None])[..., None, None], decay, 0)
+        goes_on = is_real & (numbers == owner[:, None])[..., None, None]
+        is_open = documents.last(numbers, owner) == owner
+    decay = jnp.exp(jnp.cumsum(dt * A, axis=1))
     y, own = scan(jnp.zeros_like(state))
-    nothing = (jnp.ones_like(through), jnp.zeros_like(own))
-    before = axis.scan(combine_states, (through, own), nothing)
-    _, before = combine_states((through, state), before)
+    span = Span(decay[:, -1], own, is_open)
+    nothing = Span(jnp.ones_like(span.decay), jnp.zeros_like(own), jnp.ones_like(is_open))
+    before = axis.scan(combine_spans, span, nothing).after(state)
     with jax.named_scope("carry_in"):
-        added = jnp.einsum("btgn,bghpn->btghp", C.astype(jnp.float32), before) * decay[..., None]
+        of_use = documents.state_in_use(numbers, owner, before)
+        added = jnp.einsum("btgn,bghpn->btghp", C.astype(jnp.float32), of_use) * decay[..., None]
+        added = added if goes_on is None else jnp.where(goes_on[..., None], added, 0)
     y = (y.astype(jnp.float32) + rearrange(added, "b t g h p -> b t g (h p)")).astype(y.dtype)
-    return y, axis.of_last(through[..., None, None] * before + own)
+    return y, axis.of_last(span.after(before))
 
 
 # --------------------------------------------------------------------------------------------------- attention

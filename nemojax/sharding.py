@@ -260,8 +260,13 @@ class Cut:
         return max_len + -max_len % (TILE_ROWS * self.mesh.shape["sequence"])
 
     def shardings(self, axes: Any) -> Any:
-        """`NamedSharding` for every `PartitionSpec` of logical axes."""
-        return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), self._physical(axes), is_leaf=_is_spec)
+        """`NamedSharding` for every `PartitionSpec` of logical axes, spelled as JAX spells those of results.
+
+        To `jax.jit` another spelling is another sharding: a cache that came from `init_cache` and one that came from a
+        call would be traced twice.
+        """
+        place = lambda spec: NamedSharding(self.mesh, _without_ones(spec, self.mesh))
+        return jax.tree.map(place, self._physical(axes), is_leaf=_is_spec)
 
     def run(self, function: Callable, inputs: tuple, outputs: Any) -> Callable:
         """`function` on every shard. Arrays with tokens are padded on the way in, and cut on the way out.
@@ -305,6 +310,15 @@ class Cut:
         if logical in ("tokens", "stretches") and self.stretches == 1:
             return None
         return _mesh_axis(logical, self.config.num_key_value_heads, self.mesh)
+
+
+def _without_ones(spec: PartitionSpec, mesh: Mesh | AbstractMesh) -> PartitionSpec:
+    """The same partition without mesh axes of size 1, and without what is whole at the end."""
+    sizes = [(names,) if isinstance(names, str) else names or () for names in spec]
+    split = [tuple(name for name in names if mesh.shape[name] > 1) for names in sizes]
+    while split and not split[-1]:
+        split.pop()
+    return PartitionSpec(*(names if len(names) > 1 else names[0] if names else None for names in split))
 
 
 def _is_spec(tree: Any) -> bool:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tiny import assert_close, perturbed_params, run, tiny_config
 
-from nemojax import init_cache
+from nemojax import Nemotron, init_cache
 from nemojax.layers import moe as moe_layer
 from nemojax.layers.attention import Attention, attention
 from nemojax.layers.mamba2 import Mamba2, mamba2
@@ -95,3 +95,13 @@ def test_scores_of_experts_are_exact_products(dtypes, rows):
         assert re.findall(r"x(b?f\d+)>", factors) == ["f32"] * 2 and "precision = [HIGHEST, HIGHEST]" in product
     gate, rows = np.asarray(params["gate"], np.float64), np.asarray(x.value(), np.float64)
     assert_close(run(params, x), 1 / (1 + np.exp(-rows @ gate.T)), 1e-6)
+
+
+def test_the_multi_token_block_computes_in_the_models_dtype():
+    """Weights in float32 of a model in bfloat16 change nothing, in this block as in the others."""
+    config = tiny_config("M", mtp_pattern="*E", dtype="bfloat16")
+    params = perturbed_params(config)
+    wide = jax.tree.map(lambda a: a.astype(jnp.float32), params)
+    tokens = np.arange(12).reshape(2, 6)
+    narrow, other = (Nemotron(config).apply({"params": p}, tokens, mtp=True).mtp_logits for p in (params, wide))
+    np.testing.assert_array_equal(narrow, other)

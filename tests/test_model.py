@@ -136,6 +136,11 @@ REFUSED = {
     "one-dimension": (dict(tokens=TOKENS[0]), r"tokens must have shape \[batch, tokens\].* got \(6,\)"),
     "no-token": (dict(tokens=TOKENS[:, :0]), r"tokens must have shape .* got \(2, 0\)"),
     "beyond-int32": (dict(tokens=changed(TOKENS.astype(np.int64), (0, 0), 2**40)), "tokens has values .* int32"),
+    "lowest-int64": (dict(tokens=changed(TOKENS.astype(np.int64), (0, 0), -(2**63))), "tokens has values .* int32"),
+    "wide-segments": (
+        dict(segment_ids=changed(TOKENS.astype(np.uint32), 0, 2**31 + 1)),
+        "segment_ids has values .* int",
+    ),
     "id-too-large": (dict(tokens=changed(TOKENS, (1, 3), 50)), r"tokens\[1, 3\] is 50; .* ids 0 to 49"),
     "id-negative": (dict(tokens=changed(TOKENS, (0, 5), -1)), r"tokens\[0, 5\] is -1; .* ids 0 to 49"),
     "float-segments": (dict(segment_ids=np.ones((2, 6))), "segment_ids must hold integers, got dtype float64"),

@@ -123,9 +123,9 @@ def test_exit_code(arguments, code, request, monkeypatch, capsys):
     [
         (["nano-31b"], "unknown name 'nano-31b'"),
         (["no/such/model"], "no/such/model: no such file"),
-        (["nano-4b", "--context", "0"], "context must be at least 1, got 0"),
-        (["nano-4b", "--batch", "0"], "batch must be at least 1, got 0"),
-        (["nano-4b", "--piece", "-1"], "piece must be at least 1, got -1"),
+        (["nano-4b", "--context", "0"], "context must be a whole number, at least 1, got 0"),
+        (["nano-4b", "--batch", "0"], "batch must be a whole number, at least 1, got 0"),
+        (["nano-4b", "--piece", "-1"], "piece must be a whole number, at least 1, got -1"),
         (["nano-4b", "--device", "h900"], "unknown GPU 'h900'; known: h100, h200"),
     ],
     ids=["preset", "path", "context", "batch", "piece", "device"],
@@ -134,6 +134,18 @@ def test_bad_argument(arguments, message, capsys):
     assert cli.main(["plan", *arguments, "--estimate-only"]) == 2
     shown = capsys.readouterr()
     assert shown.out == "" and shown.err.count("\n") == 1 and message in shown.err
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(context=10.5), "context must be a whole number, .* got 10.5"),
+        (dict(programs=["train"]), "there is no program train; known: prefill piece, decode step"),
+    ],
+)
+def test_bad_argument_of_the_function(changes, message):
+    with pytest.raises(nemojax.InputError, match=message):
+        planning.plan(nemojax.preset("nano-4b"), **({"context": 16, "batch": 1} | changes))
 
 
 def sent(program):

@@ -10,6 +10,6 @@ row that did not choose it: where a bounded buffer would overflow, there is anot
   all_to_all   experts and rows are split: a row travels only to shards that have one of its experts
 """
 
-from nemojax.dispatch.choose import dispatch
+from nemojax.dispatch.choose import check, dispatch
 
-__all__ = ["dispatch"]
+__all__ = ["check", "dispatch"]

@@ -82,6 +82,7 @@ def exchange(block: Array, sent: Int[Array, "S"], received: Int[Array, "S"], axi
     def padded(block, sent, received):
         return jax.lax.all_to_all(block, axis.name, 0, 0, tiled=True)
 
+    @jax.custom_batching.sequential_vmap  # JAX has no rule where only some of the operands are mapped
     def ragged(block, sent, received):
         flat = block.reshape(-1, *block.shape[2:])
         starts = jnp.arange(axis.size) * block.shape[1]

@@ -12,6 +12,12 @@ from nemojax.sharding import WHOLE, Shard
 STRATEGIES = {"ring": ring.dispatch, "all_to_all": all_to_all.dispatch}
 
 
+def check(name: str | None) -> None:
+    """Raises InputError where there is no strategy of that name; None stands for the rule."""
+    if name not in (None, *STRATEGIES):
+        raise InputError(f"dispatch {name!r} does not exist; known: {', '.join(STRATEGIES)}")
+
+
 def dispatch(
     x: Float[Array, "R L"],
     ids: Int[Array, "R K"],
@@ -22,13 +28,7 @@ def dispatch(
     shard: Shard = WHOLE,
     implementation: str | None = None,
 ) -> Float[Array, "R L"]:
-    """See `nemojax.dispatch`. `ids` count the experts of all shards, `up` and `down` are this shard's.
-
-    Raises:
-      InputError: `shard.dispatch` names a strategy that does not exist.
-    """
-    if shard.dispatch not in (None, *STRATEGIES):
-        raise InputError(f"dispatch {shard.dispatch!r} does not exist; known: {', '.join(STRATEGIES)}")
+    """See `nemojax.dispatch`. `ids` count the experts of all shards, `up` and `down` are this shard's."""
     axis, options = shard.expert, {"implementation": implementation}
     if axis is None:
         return local.dispatch(x, ids, weights, up, down, **options)

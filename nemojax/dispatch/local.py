@@ -58,7 +58,7 @@ def contribution(
     """
     rows, chosen = ids.shape
     experts = up.shape[0]
-    most = rows * min(chosen, experts)
+    most = ids.size  # more than an expert's rows: the router may give a row of NaN the same expert each time
     buffer = min(most, max(SMALLEST_BUFFER, math.ceil(ROOM * mean_pairs)))
     most_rounds = -(-most // buffer)
     with jax.named_scope("sort"):

@@ -46,7 +46,8 @@ def mtp(
     eps = config.layer_norm_epsilon
     with jax.named_scope("eh_proj"):
         both = (rms_norm(next_embedding, params["enorm"], eps), rms_norm(hidden, params["hnorm"], eps))
-        x = jnp.einsum("bte,de->btd", jnp.concatenate(both, axis=-1), params["eh_proj"])
+        both = jnp.concatenate(both, axis=-1)
+        x = jnp.einsum("bte,de->btd", both, params["eh_proj"], preferred_element_type=both.dtype)
     routings = []
     for index, kind in enumerate(config.mtp_pattern):
         name = layer_name(index)

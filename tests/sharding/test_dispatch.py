@@ -118,6 +118,30 @@ def test_rows_that_every_shard_has(rows, case):
     assert_close(jax.jit(run)(*given), one_by_one(*given), 1e-5)
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_rows_that_name_one_expert_several_times(strategy):
+    """The router may do so where a row is NaN; every other row gets all that it chose."""
+    x, ids, weights, up, down = arguments(64, any_of(13, 14, 15))
+    ids[::2], weights[::2] = 15, np.nan
+    run = jax.jit(on_mesh(functools.partial(STRATEGIES[strategy], axis=Axis("expert", 8)), "1x8"))
+    y = np.asarray(run(x, ids, weights, up, down))
+    assert np.isnan(y[::2]).all()
+    assert_close(y[1::2], one_by_one(x, ids, weights, up, down)[1::2], 1e-5)
+
+
+@pytest.mark.parametrize("mapped", [(0, 0, 0, None, None), (0, None, None, None, None), (None, None, None, 0, 0)])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_mapped(strategy, mapped):
+    """`jax.vmap` over rows, over activations alone, and over weights: as one by one."""
+    given = arguments(*CASES["three-tokens-a-shard"])
+    several = [a if axis is None else np.stack([a, a[::-1]]) for a, axis in zip(given, mapped, strict=True)]
+    run = on_mesh(functools.partial(STRATEGIES[strategy], axis=Axis("expert", 4)), "2x4")
+    y = jax.jit(jax.vmap(run, mapped))(*several)
+    for i in range(2):
+        one = [a if axis is None else a[i] for a, axis in zip(several, mapped, strict=True)]
+        assert_close(y[i], one_by_one(*one), 1e-5)
+
+
 def test_ties_go_the_same_way_everywhere():
     """Rows that are alike and choose alike get the same result wherever they are."""
     x, ids, weights, up, down = arguments(64, lambda rng, row: np.array([4, 5, 6]))

@@ -75,6 +75,59 @@ def test_calls_on_a_cache(mesh, cut):
     np.testing.assert_array_equal(cache.documents[:, :32], reference.documents[:, :32])
 
 
+@pytest.mark.parametrize("mesh", ["data=2,sequence=2", "expert=2,sequence=2", "data=2,sequence=4"])
+def test_calls_on_a_cache_in_one_program(mesh):
+    """One row on each shard: as XLA splits the bookkeeping of two calls, the last slot of each shard was lost."""
+    config = CONFIG.replace(pattern="*", mtp_pattern="")
+
+    def both(mesh):
+        model, params = on(mesh, None, config)
+
+        @jax.jit
+        def run(params):
+            cache = init_cache(config, 2, 17, mesh=model.mesh)
+            cache = model.apply({"params": params}, TOKENS[:2, :16], None, cache).cache
+            return model.apply({"params": params}, TOKENS[:2, 16:17], None, cache)
+
+        return run(params)
+
+    out, reference = both(mesh), both(None)
+    assert_close(out.logits, reference.logits, 1e-5)
+    np.testing.assert_array_equal(out.cache.documents[:, :17], reference.cache.documents[:, :17])
+
+
+@pytest.mark.parametrize("mesh", ["data=8", "tensor=8", "data=2,expert=2,sequence=2"])
+def test_a_cache_of_a_call_needs_no_other_program(mesh):
+    model, params = on(mesh)
+    step = jax.jit(lambda params, tokens, cache: model.apply({"params": params}, tokens, None, cache))
+    cache = init_cache(CONFIG, len(TOKENS), 32, mesh=model.mesh)
+    for at in (0, 8, 16):
+        cache = step(params, TOKENS[:, at : at + 8], cache).cache
+    assert step._cache_size() == 1
+
+
+@pytest.mark.parametrize("end", [16, 20])
+@pytest.mark.parametrize("mesh", ["sequence=2", "sequence=8"])
+def test_nan_of_a_finished_document_is_not_passed_on(mesh, end):
+    """A bad id gives NaN to its document; one that begins on another shard is without, and so is the next call."""
+    config = CONFIG.replace(pattern="M-", mtp_pattern="")
+    model, params = on(mesh, None, config)
+    segments = np.where(np.arange(32) < end, 1, 2)[None]
+    step = jax.jit(lambda params, *arrays: model.apply({"params": params}, *arrays))
+    out = step(params, changed(TOKENS[:1, :32]), segments, init_cache(config, 1, 96, mesh=model.mesh))
+    logits = np.asarray(out.logits)[0]
+    assert np.isnan(logits[3:end]).all()
+    assert np.isfinite(logits[end:]).all()
+    after = step(params, TOKENS[:1, :32], np.full((1, 32), 3), out.cache)
+    fresh = step(params, TOKENS[:1, :32], np.full((1, 32), 3), init_cache(config, 1, 96, mesh=model.mesh))
+    assert_close(after.logits, fresh.logits, 1e-6)
+
+
+def changed(tokens):
+    """The same with an id at place 3 that the vocabulary does not have."""
+    return np.where(np.arange(tokens.shape[1]) == 3, 999, tokens)
+
+
 @pytest.mark.parametrize("mesh", ["tensor=4", "sequence=8", "data=2,expert=2,sequence=2"])
 def test_multi_token_prediction_and_captured_values(mesh):
     options = {"mtp": True, "capture": CAPTURES}
@@ -144,7 +197,8 @@ def test_a_cache_that_does_not_divide_is_refused():
         model.apply({"params": params}, TOKENS, SEGMENTS, init_cache(CONFIG, len(TOKENS), 35))
 
 
-def test_dispatch_that_does_not_exist_is_refused():
-    model, params = on("expert=8")
+@pytest.mark.parametrize("mesh", [None, "expert=8"])
+def test_dispatch_that_does_not_exist_is_refused(mesh):
+    model, params = on(mesh)
     with pytest.raises(InputError, match="dispatch 'dense' does not exist; known: ring, all_to_all"):
         Nemotron(CONFIG, mesh=model.mesh, dispatch="dense").apply({"params": params}, TOKENS)
