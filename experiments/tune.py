@@ -42,12 +42,14 @@ class Choice(NamedTuple):
 
 
 def experts(config: Config, tokens: int) -> Choice:
-    """Columns of a tile in both products, and thread blocks that share rows, where groups are large."""
-    sizes = itertools.product((128, 192, 256), (128, 192, 256), (1, 2))
+    """Columns of a tile in both products, thread blocks that share rows, fewest slots, where groups are large."""
+    columns = (128, 192, 256)
+    one_slot_for_a_stage = [(192, 128, (2, 1)), (192, 192, (2, 1)), (192, 256, (2, 1)), (256, 256, (2, 1))]
+    sizes = [*itertools.product(columns, columns, ((1, 2), (2, 2))), *one_slot_for_a_stage]
     keys = [f"128,{width}" for width in (config.moe_intermediate_size, config.expert_width)]
     tables = (
-        {"expert_mlp columns": dict(zip(keys, ([up, cluster], [down, cluster]), strict=True))}
-        for up, down, cluster in sizes
+        {"expert_mlp columns": dict(zip(keys, ([up, *others], [down, *others]), strict=True))}
+        for up, down, others in sizes
     )
     return Choice(cases.experts_case(config, tokens), tuple(tables))
 

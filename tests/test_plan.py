@@ -136,6 +136,7 @@ def test_bad_argument(arguments, message, capsys):
     assert shown.out == "" and shown.err.count("\n") == 1 and message in shown.err
 
 
+@pytest.mark.usefixtures("annotations_off")
 @pytest.mark.parametrize(
     "changes, message",
     [

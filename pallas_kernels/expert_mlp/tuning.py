@@ -63,28 +63,28 @@ def tile_rows(rows: int, experts: int) -> int:
 def blocks(rows: int, width: int, beside: int = 0) -> Blocks:
     """Blocks of a product with `width` columns from tiles of that many rows.
 
-    Stages come first, then slots: with one for each piece, none is waited for.
+    Stages come first, then slots above the fewest: with one for each piece, none is waited for.
 
     beside: room for so many more pieces that each consumer needs.
     """
     # A copy has no index along an axis of one swizzled row: nothing may be behind the first.
-    one_slab = (DEPTH, 1) if width == DEPTH else None
-    columns, cluster = one_slab or tuned("expert_mlp columns", rows, width) or _cut(rows, width)
+    one_slab = (DEPTH, 1, 2) if width == DEPTH else None
+    columns, cluster, fewest = one_slab or tuned("expert_mlp columns", rows, width) or _cut(rows, width)
     piece = Blocks(rows, columns, 0).consumers * MATRIX_ROWS * 2 * DEPTH
     stage = 2 * DEPTH * (max(MATRIX_ROWS, rows) + columns)
     room = SHARED_MEMORY - RESERVED - beside * piece
-    stages = min(_MOST_STAGES, (room - 2 * piece) // stage)
+    stages = min(_MOST_STAGES, (room - fewest * piece) // stage)
     return Blocks(rows, columns, stages, min(columns // DEPTH, (room - stages * stage) // piece), cluster)
 
 
 def _cut(rows, width):
-    """Columns of a tile, and thread blocks in a cluster.
+    """Columns of a tile, thread blocks in a cluster, and the fewest slots.
 
     Small tiles wait for weights: narrow blocks spread them evenly. Others compute: wide blocks re-use the rows, and so
     do clusters.
     """
     if rows < MATRIX_ROWS:
-        return 128, 1
+        return 128, 1, 2
     cluster = 2 if rows > MATRIX_ROWS else 1
     blocks = lambda columns: cluster * -(-width // (columns * cluster))
-    return min((256, 192, 128, 64), key=lambda columns: blocks(columns) * (columns + 32)), cluster
+    return min((256, 192, 128, 64), key=lambda columns: blocks(columns) * (columns + 32)), cluster, 2

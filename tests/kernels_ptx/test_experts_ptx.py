@@ -22,7 +22,7 @@ def few_multiprocessors(monkeypatch):
     """Four of them: two clusters. From 200 rows on, tiles have 128."""
     monkeypatch.setattr(hopper, "SMS", 4)
     monkeypatch.setattr(tuning, "tile_rows", lambda rows, experts: 128 if rows >= 200 else 16)
-    monkeypatch.setattr(tuning, "_cut", lambda rows, width: (128, 1 + (rows == 128)))
+    monkeypatch.setattr(tuning, "_cut", lambda rows, width: (128, 1 + (rows == 128), 2))
     monkeypatch.setattr(tuning, "_MOST_STAGES", 3)
 
 

@@ -35,7 +35,7 @@ def small(interpreter):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hopper, "SMS", 4)
         patch.setattr(tuning, "tile_rows", lambda rows, experts: 16 if rows <= SMALL else 64 if rows <= MEDIUM else 128)
-        patch.setattr(tuning, "_cut", lambda rows, width: (128, 1 + (rows == 128)))
+        patch.setattr(tuning, "_cut", lambda rows, width: (128, 1 + (rows == 128), 2))
         patch.setattr(tuning, "_MOST_STAGES", 3)
         yield
 

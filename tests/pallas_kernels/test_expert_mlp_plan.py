@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 
+from pallas_kernels import tuned
 from pallas_kernels.expert_mlp import mosaic_gpu, tuning
 
 EXPERTS, COLUMNS, ROWS = 6, 3, 200
@@ -51,6 +52,13 @@ def test_blocks_fill_shared_memory_and_no_more(rows, width):
     assert blocks.stages >= 3 and used + 1024 <= tuning.SHARED_MEMORY
     assert blocks.stages == 8 or blocks.stages * stage + 3 * piece + stage > tuning.SHARED_MEMORY - 2048
     assert min(2, blocks.columns // 64) <= blocks.slots <= blocks.columns // 64
+
+
+def test_one_slot_leaves_room_for_another_stage():
+    with tuned.using({"expert_mlp columns": {"128,1856": [192, 2, 1]}}):
+        found = tuning.blocks(128, 1856)
+    assert (found.stages, found.slots) == (tuning.blocks(128, 1856).stages + 1, 1)
+    assert found.stages * 40_960 + 16_384 + 1024 <= tuning.SHARED_MEMORY
 
 
 @pytest.mark.parametrize("mean, rows", [(1, 16), (3, 16), (8, 32), (22, 64), (48, 128), (384, 128)])
