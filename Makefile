@@ -2,6 +2,7 @@
 # make test    lint and the test suite (no torch needed)
 # make kernels the Hopper kernels without a GPU: interpreted, compiled for an abstract H100, their PTX run
 # make parity  live comparison with transformers (Python 3.11, torch on the CPU)
+# make newest  the Hopper kernels once more, with the newest JAX that is known to work
 # make extended  further cases of what these prove: hours
 # make bench   CPU speed beside transformers
 # Each makes the environment that it needs.
@@ -20,7 +21,10 @@ works = $(shell for p in $(1); do "$$p" -c 'import sys, venv, ensurepip; sys.exi
 PYTHON ?= $(call works,python3.12 python3.11 python3.13 python3)
 PYTHON_311 ?= $(call works,python3.11)
 
-.PHONY: help demo test kernels lint parity extended bench clean
+# What pip takes on Python 3.12 where nobody says another; all else is as in constraints.txt.
+NEWEST_JAX = 0.12.0.1
+
+.PHONY: help demo test kernels newest lint parity extended bench clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -38,6 +42,13 @@ help:
 	.venv-parity/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[test,parity]"
 	touch $@
 
+.venv-newest/ready: pyproject.toml constraints.txt Makefile
+	@test -n "$(PYTHON)" || { echo "Python 3.12 with venv is needed, none was found" >&2; exit 1; }
+	"$(PYTHON)" -m venv --clear .venv-newest
+	sed 's/^\(jax\|jaxlib\|jax-cuda13-[a-z]*\)==.*>=.*/\1==$(NEWEST_JAX)/' constraints.txt > .venv-newest/constraints.txt
+	.venv-newest/bin/python -m pip install --quiet --constraint .venv-newest/constraints.txt --editable ".[plan,test]"
+	touch $@
+
 demo: .venv/ready
 	.venv/bin/python -m experiments.demo
 
@@ -49,15 +60,18 @@ lint: .venv/ready
 # which decide the order of operations, are the same, and so are kernels for GPUs. Parity and demo compile as users do.
 QUICK = --xla_backend_optimization_level=0
 test: export XLA_FLAGS ?= $(QUICK) --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters=true
-kernels: export XLA_FLAGS ?= $(QUICK)
+kernels newest: export XLA_FLAGS ?= $(QUICK)
 
 test: lint
 	.venv/bin/python -m pytest -m "not extended" --ignore tests/parity --ignore tests/kernels_h100 \
 		--ignore tests/kernels_ptx --ignore-glob '*_mosaic.py' --numprocesses 2 --dist loadfile
 
+KERNEL_TESTS = tests/kernels_h100 tests/kernels_ptx tests/pallas_kernels/test_*_mosaic.py
 kernels: .venv/ready
-	.venv/bin/python -m pytest -m "not extended" tests/kernels_h100 tests/kernels_ptx \
-		tests/pallas_kernels/test_*_mosaic.py --numprocesses 2 --dist loadfile
+	.venv/bin/python -m pytest -m "not extended" $(KERNEL_TESTS) --numprocesses 2 --dist loadfile
+
+newest: .venv-newest/ready
+	.venv-newest/bin/python -m pytest -m "not extended" $(KERNEL_TESTS) --numprocesses 2 --dist loadfile
 
 parity: .venv-parity/ready
 	.venv-parity/bin/python -m pytest -m "not extended" tests/parity --numprocesses 2 --dist loadfile
@@ -70,4 +84,4 @@ bench: .venv/ready .venv-parity/ready
 	.venv/bin/python -m experiments.bench_forward
 
 clean:
-	rm -rf .venv .venv-parity .pytest_cache .ruff_cache .hypothesis out
+	rm -rf .venv .venv-parity .venv-newest .pytest_cache .ruff_cache .hypothesis out
