@@ -89,38 +89,47 @@ def backbone(
     check(dispatch)
     cut = None if mesh is None else Cut.of(mesh, config, *tokens.shape)
     segments, cache_out = enter(segment_ids, cache, tokens.shape[1])
-    if cut is not None and cache_out is not None:
-        # Left to itself, XLA splits the slots of two calls in one program, and loses the last one of each shard.
-        slots = cut.whole_rows(segments.slots)
-        segments, cache_out = segments._replace(slots=slots), cache_out._replace(documents=slots)
     if segment_ids is not None:
         tokens = jnp.where(segment_ids > 0, tokens, 0)  # a pad may carry any id
     fits, states = None, None
     if cache is not None:
         fits, states = cache.length + tokens.shape[1] <= cache.max_len, cache.layers
+    if cut is not None and cache is not None:
+        # Left to itself, XLA splits the slots of two calls in one program, and loses the last one of each shard.
+        slots = cut.whole_rows(segments.slots)
+        segments, cache_out = segments._replace(slots=slots), cache_out._replace(documents=slots)
     run = functools.partial(_layers, config=config, capture=capture, implementation=implementation, remat=remat)
-    if cut is None:
-        hidden, states, captured = run(segments, params, tokens, states, fits)
-    else:
-        if cache is not None and cache.max_len % mesh.shape["sequence"]:
-            raise InputError(
-                f"cache of {cache.max_len} slots does not divide over the mesh {describe(mesh)}; make it with "
-                f"init_cache(..., mesh=mesh), which rounds up to {cut.slots(cache.max_len)}"
-            )
-        run = functools.partial(run, shard=cut.shard(dispatch))
-        used = [name for name in params if name not in ("lm_head", "mtp")]
-        params = {name: params[name] for name in used}
-        axes = ({name: param_axes(config)[name] for name in used}, TOKENS)
-        axes += (None if states is None else state_axes(config), None if fits is None else ROWS)
-        outputs = (HIDDEN, None if states is None else state_axes(config), _captured_axes(config, capture))
-        run = _on_shards(run, cut, segments, axes, outputs)
-        hidden, states, captured = run(params, tokens, states, fits)
+    if cut is not None:
+        run = _over_mesh(run, cut, cache, capture, dispatch)
+    hidden, states, captured = run(segments, params, tokens, states, fits)
     if cache_out is not None:
         cache_out = cache_out._replace(layers=states)
         if cut is not None:
             # As `init_cache` lays it out, so that the next call is the same program.
             cache_out = jax.lax.with_sharding_constraint(cache_out, cut.shardings(cache_axes(config)))
     return Backbone(hidden, cache_out, captured, segments)
+
+
+def _over_mesh(
+    run: Callable, cut: Cut, cache: Cache | None, capture: tuple[str, ...], dispatch: str | None
+) -> Callable:
+    """`_layers` of a whole call, computed on every shard of a cut."""
+    config, states = cut.config, None if cache is None else state_axes(cut.config)
+    if cache is not None and cache.max_len % cut.mesh.shape["sequence"]:
+        raise InputError(
+            f"cache of {cache.max_len} slots does not divide over the mesh {describe(cut.mesh)}; make it with "
+            f"init_cache(..., mesh=mesh), which rounds up to {cut.slots(cache.max_len)}"
+        )
+    weights = {name: axes for name, axes in param_axes(config).items() if name not in ("lm_head", "mtp")}
+    inputs = (weights, TOKENS, states, None if cache is None else ROWS)
+    outputs = (HIDDEN, states, _captured_axes(config, capture))
+    run = functools.partial(run, shard=cut.shard(dispatch))
+
+    def whole(segments, params, *arguments):
+        used = {name: params[name] for name in weights}
+        return _on_shards(run, cut, segments, inputs, outputs)(used, *arguments)
+
+    return whole
 
 
 def _layers(
