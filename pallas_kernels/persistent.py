@@ -78,17 +78,19 @@ def run(
     finish: Callable,
     blocks: Blocks,
     prepare: Callable = lambda: None,
+    find: Callable = lambda place: place,
 ):
-    """Runs all items of this thread block, of `count` that all of them have.
+    """Runs the items of this thread block: at its own place of a list, and a round further on each time, below `count`.
 
     In a cluster, a slot is free when all its blocks have read theirs: so one copy may fill it in each of them.
 
     `load(item, k, slot, barrier)` starts the copies of step k; `product(acc, slot, rows, k)` multiplies these rows of
     the tile; `store = finish(item, thread, top)` fetches what else the 64 rows from `top` on need, before they are
-    multiplied, and `store(sums)` stores them. `prepare()` is what consumers do first, while the ring fills.
+    multiplied, and `store(sums)` stores them. `prepare()` is what consumers do first, while the ring fills. The item at
+    a place is number `find(place)`, which is looked up while the one before is computed: up to a round beyond `count`.
     """
     thread, consumers = lax.axis_index("thread"), blocks.consumers
-    walk = functools.partial(_walk, count, hopper.SMS // blocks.cluster)
+    walk = functools.partial(_walk, count, hopper.SMS // blocks.cluster, find)
 
     @pl.when(thread == consumers)
     def _():
@@ -102,15 +104,20 @@ def run(
         _consume(ring, walk, item_at, product, finish, thread, blocks)
 
 
-def _walk(count, stride, visit, step):
+def _walk(count, stride, find, visit, step):
     """`step = visit(number, step)` for the items of this thread block.
 
     No `fori_loop`: of one, the compiler knows the rounds where they come out even, and unrolls all of them, for which
     there are no registers.
     """
-    start = (lax.axis_index("block"), step)
-    advance = lambda state: (state[0] + stride, visit(*state))
-    return lax.while_loop(lambda state: state[0] < count, advance, start)[1]
+
+    def advance(state):
+        place, number, step = state
+        following = find(place + stride)
+        return place + stride, following, visit(number, step)
+
+    start = lax.axis_index("block")
+    return lax.while_loop(lambda state: state[0] < count, advance, (start, find(start), step))[2]
 
 
 def _produce(ring, walk, item_at, load, stages):

@@ -6,7 +6,7 @@ Three products, each one persistent kernel:
     to_rows     rows of tile t = scale * (tiles[t] @ weights[e])  down projection and router weight; d(relu) -> dx
     per_expert  out[e] = (tiles of e)^T @ (rows of e)             gradients of both weights
 
-**Tiles.** Group sizes are known on the device only, so the work list is an array that plain JAX computes (`plan`): each
+**Tiles.** Group sizes are known on the device only, so the work list is an array that plain JAX makes (`plan.py`): each
 group is cut into tiles of `rows` rows that start at a multiple of 8, as TMA wants it. Up to 7 rows of the group before,
 and rows of the group after, are computed in vain and not stored. An empty group has no tile. The hidden units keep the
 layout of the tiles, so only `to_rows` stores part of a tile. Rows beyond the last group are one more group, of tiles
@@ -14,9 +14,13 @@ that store zeros without computing.
 
 **Kernel.** `pallas_kernels/persistent.py`, with one or two consumers, each with its rows of the tile. Results go out by
 TMA, from as many small buffers as fit. A consumer whose 64 rows hold none of the group does not multiply, so a group
-costs matrix time in steps of 64 rows. Items are ordered expert, column block, tile: tiles that need the same weights
-run at the same time and find them in L2. Where tiles have 128 rows, two thread blocks with neighbouring column blocks
-are a cluster, unless the result has but 64: each fetches half of the rows, for both.
+costs matrix time in steps of 64 rows. Where tiles have 128 rows, two thread blocks with neighbouring column blocks are
+a cluster, unless the result has but 64: each fetches half of the rows, for both.
+
+**Order.** Expert, column block, tile: tiles that need the same weights run at the same time and find them in L2. That
+holds as long as all multiprocessors are at the same part of the list. By number alone they would drift apart, for half
+tiles are not spread evenly: the busiest would have 5 to 7 % more to do than the mean (4096 tokens: 15 %). So half items
+and whole ones go around by themselves (`plan.turns`), which leaves 0.5 to 3 %.
 
 **Roofline** (H100: 989 TFLOP/s, 3.35 TB/s), Nano, 8192 tokens: 49,152 rows of 2688, F = 1856, 128 experts. 0.98 TFLOP
 are 0.99 ms; 2.55 GB of weights are 0.76 ms of memory, rows in and out 0.16 ms, hidden units 0.11 ms. Steps of 64 rows
@@ -41,15 +45,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import persistent
+from pallas_kernels import hopper, persistent
 from pallas_kernels.expert_mlp import tuning
+from pallas_kernels.expert_mlp.plan import ALIGN, Plan, end_of_walk, has_halves, plan, rows_of_tiles, turns
 from pallas_kernels.expert_mlp.xla import relu_squared
 from pallas_kernels.hopper import MATRIX_ROWS
 from pallas_kernels.mosaic import swizzled, too_old
 from pallas_kernels.persistent import DEPTH, PEER, cut
-from pallas_kernels.tiles import TILE_ROWS, pad_to
-
-_ALIGN = TILE_ROWS  # TMA of a swizzled tile starts at a multiple of this many rows
+from pallas_kernels.tiles import pad_to
 
 
 def supports(x: jax.Array, up: jax.Array, down: jax.Array) -> str | None:
@@ -61,38 +64,6 @@ def supports(x: jax.Array, up: jax.Array, down: jax.Array) -> str | None:
     if 0 in (*x.shape, *up.shape):
         return f"there is nothing to multiply in x {x.shape} and up {up.shape}"
     return too_old()
-
-
-class Plan(NamedTuple):
-    """The work list, in plain arrays.
-
-    tiles: int32 [tiles, 4]: expert, its first tile, its first row, its end; for rows beyond the last group the expert
-      is the number of experts.
-    groups: int32 [E, 3]: the last three by expert.
-    count: int32 [2]: tiles of experts, tiles in all.
-    rows: rows of a tile.
-    """
-
-    tiles: jax.Array
-    groups: jax.Array
-    count: jax.Array
-    rows: int
-
-
-def plan(group_sizes: jax.Array, rows: int, tile_rows: int) -> Plan:
-    """Cuts the groups into tiles; the arrays have room for the worst division of `rows` rows."""
-    experts = group_sizes.shape[0]
-    sizes = jnp.append(group_sizes, rows - group_sizes.sum()).astype(jnp.int32)
-    ends = jnp.cumsum(sizes, dtype=jnp.int32)
-    starts = ends - sizes
-    tiles = jnp.where(sizes > 0, -(-(ends - starts // _ALIGN * _ALIGN) // tile_rows), 0)
-    tile_ends = jnp.cumsum(tiles, dtype=jnp.int32)
-    groups = jnp.stack([tile_ends - tiles, starts, ends], axis=1)
-    # n rows that begin anywhere in eight take up to ceil((n + 7) / tile rows) tiles.
-    room = (rows + min(experts + 1, rows) * (tile_rows + _ALIGN - 2)) // tile_rows
-    group = (jnp.arange(room)[:, None] >= tile_ends).sum(axis=1, dtype=jnp.int32)
-    group = jnp.minimum(group, experts)
-    return Plan(jnp.column_stack([group, groups[group]]), groups[:experts], tile_ends[-2:], tile_rows)
 
 
 class _Item(NamedTuple):
@@ -126,16 +97,16 @@ class _Band(NamedTuple):
 def _tile_item(table, index, *, experts, columns, depth, tile_rows):
     """Item `index` in the order expert, column block, tile: any tile of the expert says where its items begin."""
     expert, first, start, end = (table[lax.div(index, columns), i] for i in range(4))
-    top = lax.div(start, _ALIGN) * _ALIGN
+    top = lax.div(start, ALIGN) * ALIGN
     count = lax.div(end - top + tile_rows - 1, tile_rows)
     local = index - first * columns
     tile = lax.rem(local, count)
-    row = pl.multiple_of(top + tile * tile_rows, _ALIGN)
+    row = pl.multiple_of(top + tile * tile_rows, ALIGN)
     return _Item(
         expert=jnp.minimum(expert, experts - 1),
         column=lax.div(local, count),
         row=row,
-        place=pl.multiple_of((first + tile) * tile_rows, _ALIGN),
+        place=pl.multiple_of((first + tile) * tile_rows, ALIGN),
         begin=jnp.maximum(start - row, 0),
         end=jnp.minimum(end - row, tile_rows),
         steps=jnp.where(expert < experts, -(-depth // DEPTH), 0),
@@ -151,6 +122,17 @@ def _tile_items(table, columns, weights, depth, blocks):
     """`item_at` of `persistent.run` for products of tiles."""
     sizes = dict(experts=weights.shape[0], columns=columns, depth=depth, tile_rows=blocks.rows)
     return lambda index: _own(_tile_item(table, index, **sizes), blocks)
+
+
+def _order(plan, which, columns, clusters):
+    """The operand of `_walk`; where all tiles are alike, items go by number, and it is not looked at."""
+    return turns(plan, plan.count[which], columns, clusters) if has_halves(plan) else plan.count
+
+
+def _walk(plan, which, columns, clusters, count, order):
+    """`count` and `find` of `persistent.run`. which: 0 for the tiles of experts, 1 for all."""
+    end = end_of_walk(count[which, 0], count[which, 1], columns, lax.axis_index("block"), clusters)
+    return end, (lambda place: order[place]) if has_halves(plan) else lambda place: place
 
 
 def _load_rows(source, start, k, blocks, target, full):
@@ -227,9 +209,9 @@ def to_tiles(rows, weights, plan: Plan, activation: Callable) -> jax.Array:
     """`activation(rows @ weights[e]^T)` as tiles: rows [R, K], weights [E, N, K] -> [tiles * tile rows, N]."""
     _, width, depth = weights.shape
     blocks = tuning.blocks(plan.rows, width)
-    columns, size = blocks.column_blocks(width), min(blocks.rows, MATRIX_ROWS)
+    columns, clusters, size = blocks.column_blocks(width), hopper.SMS // blocks.cluster, min(blocks.rows, MATRIX_ROWS)
 
-    def expert_mlp_to_tiles(table, count, weights, rows, out, ring, slots):
+    def expert_mlp_to_tiles(table, count, order, weights, rows, out, ring, slots):
         def load(item, k, slot, full):
             _load_rows(rows, item.row, k, blocks, ring.a.at[slot], full)
             part = weights.at[item.expert, cut(item.column, blocks.columns), cut(k, DEPTH)]
@@ -239,17 +221,18 @@ def to_tiles(rows, weights, plan: Plan, activation: Callable) -> jax.Array:
             plgpu.wgmma(acc, ring.a.at[slot, part], ring.b.at[slot].transpose((1, 0)))
 
         def finish(item, thread, top):
-            place = pl.ds(pl.multiple_of(item.place + top, _ALIGN), size)
+            place = pl.ds(pl.multiple_of(item.place + top, ALIGN), size)
             column = item.column * blocks.columns
             target = lambda slab, n: out.at[place, pl.ds(column + slab * n, n)]
             return lambda sums: _send(activation(sums), slots.at[thread], target)
 
         item_at = _tile_items(table, columns, weights, depth, blocks)
-        persistent.run(ring, count[0] * columns, item_at, load, product, finish, blocks)
+        end, find = _walk(plan, 0, columns, clusters, count, order)
+        persistent.run(ring, end, item_at, load, product, finish, blocks, find=find)
 
     out = jax.ShapeDtypeStruct((plan.tiles.shape[0] * blocks.rows, width), rows.dtype)
     stage = (max(blocks.rows, MATRIX_ROWS), DEPTH), (blocks.columns, DEPTH)
-    operands = (plan.tiles, plan.count, weights, rows)
+    operands = (plan.tiles, plan.count, _order(plan, 0, columns, clusters), weights, rows)
     return persistent.launch(expert_mlp_to_tiles, operands, out, blocks, stage, [_slots(blocks, out.dtype)])
 
 
@@ -261,10 +244,10 @@ def to_rows(tiles, weights, plan: Plan, scale, dtype) -> jax.Array:
     _, depth, width = weights.shape
     dtype = jnp.dtype(dtype)
     blocks = tuning.blocks(plan.rows, width, beside=1)
-    columns, height = blocks.column_blocks(width), scale.shape[0]
+    columns, clusters, height = blocks.column_blocks(width), hopper.SMS // blocks.cluster, scale.shape[0]
     scale = jnp.pad(scale, (0, blocks.rows + MATRIX_ROWS))  # a tile is read whole
 
-    def expert_mlp_to_rows(table, count, scale, weights, tiles, out, ring, slots, buffers):
+    def expert_mlp_to_rows(table, count, order, scale, weights, tiles, out, ring, slots, buffers):
         def load(item, k, slot, full):
             _load_rows(tiles, item.place, k, blocks, ring.a.at[slot], full)
             part = weights.at[item.expert, cut(k, DEPTH), cut(item.column, blocks.columns)]
@@ -274,7 +257,7 @@ def to_rows(tiles, weights, plan: Plan, scale, dtype) -> jax.Array:
             plgpu.wgmma(acc, ring.a.at[slot, part], ring.b.at[slot])
 
         def finish(item, thread, top):
-            row, column = pl.multiple_of(item.row + top, _ALIGN), item.column * blocks.columns
+            row, column = pl.multiple_of(item.row + top, ALIGN), item.column * blocks.columns
             layout = plgpu.Layout.WGMMA.reduce(1)
             factors = plgpu.load(scale.at[pl.ds(row, MATRIX_ROWS)], layout=layout, optimized=False)
             first = jnp.maximum(item.begin - top, 0)
@@ -283,12 +266,13 @@ def to_rows(tiles, weights, plan: Plan, scale, dtype) -> jax.Array:
             return lambda sums: _send_rows(sums, factors, slots.at[thread], buffers.at[thread], target, first, own)
 
         item_at = _tile_items(table, columns, weights, depth, blocks)
-        persistent.run(ring, count[1] * columns, item_at, load, product, finish, blocks)
+        end, find = _walk(plan, 1, columns, clusters, count, order)
+        persistent.run(ring, end, item_at, load, product, finish, blocks, find=find)
 
     out = jax.ShapeDtypeStruct((height, width), dtype)
     stage = (max(blocks.rows, MATRIX_ROWS), DEPTH), (DEPTH, blocks.columns)
     buffers = plgpu.SMEM((blocks.consumers, MATRIX_ROWS, 128 // dtype.itemsize), dtype)
-    operands = (plan.tiles, plan.count, scale, weights, tiles)
+    operands = (plan.tiles, plan.count, _order(plan, 1, columns, clusters), scale, weights, tiles)
     return persistent.launch(expert_mlp_to_rows, operands, out, blocks, stage, [_slots(blocks, dtype), buffers])
 
 
@@ -306,14 +290,14 @@ def per_expert(tiles, rows, plan: Plan, experts: int) -> jax.Array:
         def item_at(index):
             expert, local = lax.div(index, bands * columns), lax.rem(index, bands * columns)
             first, start, end = (groups[expert, i] for i in range(3))
-            row = pl.multiple_of(lax.div(start, _ALIGN) * _ALIGN, _ALIGN)
+            row = pl.multiple_of(lax.div(start, ALIGN) * ALIGN, ALIGN)
             steps = jnp.where(end > start, lax.div(end - row + DEPTH - 1, DEPTH), 0)
-            place = pl.multiple_of(first * plan.rows, _ALIGN)
+            place = pl.multiple_of(first * plan.rows, ALIGN)
             band, column = lax.div(local, columns), lax.rem(local, columns)
             return _own(_Band(expert, column, row, place, band, blocks.rows, steps), blocks)
 
         def load(item, k, slot, full):
-            part = lambda start: pl.ds(pl.multiple_of(start + k * DEPTH, _ALIGN), DEPTH)
+            part = lambda start: pl.ds(pl.multiple_of(start + k * DEPTH, ALIGN), DEPTH)
             band, column = cut(item.band, blocks.rows), cut(item.column, blocks.columns)
             source = tiles.at[part(item.place), band]
             plgpu.copy_gmem_to_smem(source, ring.a.at[slot], full, collective_axes=blocks.multicast)
@@ -353,7 +337,7 @@ def backward(saved, dy):
     count, experts = x.shape[0], up.shape[0]
     x, dy, weights = (pad_to(a, 0) for a in (x, dy.astype(x.dtype), weights))
     work = plan(group_sizes, x.shape[0], max(MATRIX_ROWS, tuning.tile_rows(count, experts)))
-    row, own = _rows_of_tiles(work)
+    row, own = rows_of_tiles(work)
     row_weight = jnp.where(own, weights.at[row].get(mode="clip"), 0)[:, None]
     hidden = to_tiles(x, up, work, relu_squared).astype(jnp.float32)
     dhidden = to_tiles(dy, down, work, lambda a: a).astype(jnp.float32)  # before the router weight
@@ -367,15 +351,6 @@ def backward(saved, dy):
     dx = to_rows(drelu, up, work, jnp.ones_like(weights), x.dtype)
     dup, ddown = per_expert(drelu, x, work, experts), per_expert(weighted, dy, work, experts)
     return dx[:count], dup, ddown, dweights[:count].astype(weights.dtype), None
-
-
-def _rows_of_tiles(work):
-    """For each place of the tile layout, the row that it holds and whether that row belongs to the tile's expert."""
-    _, first, start, end = work.tiles.T[..., None]  # [tiles, 1] each
-    tile = jnp.arange(work.tiles.shape[0])[:, None]
-    row = start // _ALIGN * _ALIGN + (tile - first) * work.rows + jnp.arange(work.rows)
-    own = (row >= start) & (row < end) & (tile < work.count[0])
-    return row.reshape(-1), own.reshape(-1)
 
 
 expert_mlp = jax.custom_vjp(_forward)
