@@ -19,8 +19,8 @@ a cluster, unless the result has but 64: each fetches half of the rows, for both
 
 **Order.** Expert, column block, tile: tiles that need the same weights run at the same time and find them in L2. That
 holds as long as all multiprocessors are at the same part of the list. By number alone they would drift apart, for half
-tiles are not spread evenly: the busiest would have 5 to 7 % more to do than the mean (4096 tokens: 15 %). So half items
-and whole ones go around by themselves (`plan.turns`), which leaves 0.5 to 3 %.
+tiles are not spread evenly: of 8192 tokens the busiest would have 5 to 11 % more to do than the mean (of 4096, 15 to
+17 %). So half items and whole ones go around by themselves (`plan.turns`), which leaves 0.5 to 4 %.
 
 **Roofline** (H100: 989 TFLOP/s, 3.35 TB/s), Nano, 8192 tokens: 49,152 rows of 2688, F = 1856, 128 experts. 0.98 TFLOP
 are 0.99 ms; 2.55 GB of weights are 0.76 ms of memory, rows in and out 0.16 ms, hidden units 0.11 ms. Steps of 64 rows
