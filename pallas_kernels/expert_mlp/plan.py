@@ -76,7 +76,7 @@ def turns(work: Plan, count: jax.Array, columns: int, blocks: int) -> jax.Array:
     weights that two share leave the L2 meanwhile.
 
     Args:
-      count: one of the plan's: tiles to compute, and half ones among them.
+      count: one row of the plan's; the first number, of tiles to compute, is looked at.
 
     Returns:
       int32 [places]: the item of each place. The walk of a block starts at its number, goes on by `blocks`, and ends
