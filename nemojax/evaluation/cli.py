@@ -117,7 +117,7 @@ def _lead(lm_class: type, args: argparse.Namespace, cleanup: contextlib.ExitStac
     require_directory(report.Path(args.path))
     if args.apply_chat_template:
         chat.chat_template(args.path)
-    tasks = _tasks(args.tasks)
+    tasks, manager = _tasks(args.tasks)
     record = Record(args.output, _settings(args), resume=args.resume) if args.output else None
     if record:
         cleanup.callback(record.close)
@@ -135,6 +135,7 @@ def _lead(lm_class: type, args: argparse.Namespace, cleanup: contextlib.ExitStac
         apply_chat_template=args.apply_chat_template,
         fewshot_as_multiturn=args.apply_chat_template,
         confirm_run_unsafe_code=args.confirm_run_unsafe_code,
+        task_manager=manager,  # or lm-eval reads all of its thousands of task files once more
     )
     cost = report.cost(lm, time.perf_counter() - begin)
     print(make_table(results))
@@ -156,8 +157,8 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
     return {"checkpoint": fingerprint(args.path), **settings}
 
 
-def _tasks(names: str) -> list[Any]:
-    """The tasks, loaded."""
+def _tasks(names: str) -> tuple[list[Any], Any]:
+    """The tasks, loaded, and the manager that loaded them."""
     from lm_eval.tasks import TaskManager
 
     from nemojax.evaluation.tasks import resolve, shipped
@@ -180,4 +181,4 @@ def _tasks(names: str) -> list[Any]:
             raise InputError(f"--tasks: {name} cannot be loaded ({type(error).__name__}: {error})") from None
         group = loaded["groups"].get(name)
         found += [group] if group is not None else list(loaded["tasks"].values())
-    return found
+    return found, manager

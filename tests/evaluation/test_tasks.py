@@ -83,3 +83,14 @@ def test_wrong_arguments_are_one_line(tmp_path, capsys, arguments, message):
     assert cli.main(["evaluate", str(tmp_path), *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_files_need_nothing_of_what_lm_eval_ships(tmp_path, monkeypatch):
+    """Its thousands of task files are only read for a name: they take longer than a small evaluation."""
+    seen = {}
+    monkeypatch.setattr("nemojax.evaluation.cli._model", lambda *_: None)
+    monkeypatch.setattr("lm_eval.simple_evaluate", lambda _, **given: seen.update(given) or exit(9))
+    with pytest.raises(SystemExit, match="9"):
+        cli.main(["evaluate", str(tmp_path), "--tasks", "python_text"])
+    assert [task.config.task for task in seen["tasks"]] == ["python_text"]
+    assert seen["task_manager"].all_tasks == []
