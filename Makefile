@@ -56,29 +56,33 @@ lint: .venv/ready
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
-# For the CPU, code of less quality in half the time: LLVM does not optimise, and fusions are not MLIR first. XLA's passes,
-# which decide the order of operations, are the same, and so are kernels for GPUs. Parity and demo compile as users do.
-QUICK = --xla_backend_optimization_level=0
+# For the CPU, code of less quality in half of the time: LLVM does not optimise, a module is compiled in one piece, and fusions
+# are not MLIR first. XLA's passes, which decide the order of operations, are the same, and so are kernels for GPUs. Parity
+# and demo compile as users do.
+QUICK = --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1
 test: export XLA_FLAGS ?= $(QUICK) --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters=true
 kernels newest: export XLA_FLAGS ?= $(QUICK)
 
+# A file goes to one worker, which compiles for all of its tests; files begin in the order of tests/conftest.py.
+WORKERS = --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
 test: lint
 	.venv/bin/python -m pytest -m "not extended" --ignore tests/parity --ignore tests/kernels_h100 \
-		--ignore tests/kernels_ptx --ignore-glob '*_mosaic.py' --numprocesses 2 --dist loadfile
+		--ignore tests/kernels_ptx --ignore-glob '*_mosaic.py' $(WORKERS)
 
 KERNEL_TESTS = tests/kernels_h100 tests/kernels_ptx tests/pallas_kernels/test_*_mosaic.py
 kernels: .venv/ready
-	.venv/bin/python -m pytest -m "not extended" $(KERNEL_TESTS) --numprocesses 2 --dist loadfile
+	.venv/bin/python -m pytest -m "not extended" $(KERNEL_TESTS) $(WORKERS)
 
 newest: .venv-newest/ready
-	.venv-newest/bin/python -m pytest -m "not extended" $(KERNEL_TESTS) --numprocesses 2 --dist loadfile
+	.venv-newest/bin/python -m pytest -m "not extended" $(KERNEL_TESTS) $(WORKERS)
 
 parity: .venv-parity/ready
-	.venv-parity/bin/python -m pytest -m "not extended" tests/parity --numprocesses 2 --dist loadfile
+	.venv-parity/bin/python -m pytest -m "not extended" tests/parity $(WORKERS)
 
 extended: .venv/ready .venv-parity/ready
-	.venv/bin/python -m pytest -m extended --ignore tests/parity --numprocesses 2 --dist loadfile
-	.venv-parity/bin/python -m pytest -m extended tests/parity --numprocesses 2 --dist loadfile
+	.venv/bin/python -m pytest -m extended --ignore tests/parity $(WORKERS)
+	.venv-parity/bin/python -m pytest -m extended tests/parity $(WORKERS)
 
 bench: .venv/ready .venv-parity/ready
 	.venv/bin/python -m experiments.bench_forward

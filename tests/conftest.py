@@ -44,6 +44,9 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.nodeid.startswith(_EXTENDED):
             item.add_marker(pytest.mark.extended)
+    # Files with slow tests begin first, or one of two workers would be at the last of them alone.
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture
