@@ -45,7 +45,7 @@ def _convert(args: argparse.Namespace) -> int:
     from convert.stream import convert
     from nemojax.errors import InputError
 
-    if not 1e-9 <= args.max_shard_gb < math.inf:
+    if not 1 <= args.max_shard_gb * 1e9 < math.inf:
         raise InputError(f"--max-shard-gb must be a positive size, got {args.max_shard_gb}; 5 is usual")
     _on_cpu()
     done = convert(

@@ -88,7 +88,7 @@ def convert(
 
 
 def _check_apart(source: Path, target: Path) -> None:
-    a, b = source.resolve(), target.resolve()
+    a, b = (Path(os.path.realpath(path)) for path in (source, target))
     if a == b or a in b.parents or b in a.parents:
         raise InputError(f"{target}: lies inside the source {source} or contains it; choose a target apart from it")
     if layout.is_leftover(a, b):

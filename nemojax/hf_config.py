@@ -83,11 +83,18 @@ def generation_ends(directory: Path) -> int | tuple[int, ...] | None:
     """Where generation stops by the checkpoint's `generation_config.json`: `eos_token_id`, None if that says nothing.
 
     For chat models it has the end of a turn besides the end of text, which is all that `config.json` knows.
+
+    Raises:
+      InputError: the file cannot be read, or names something else than ids.
     """
     path = directory / "generation_config.json"
     eos = _read(path).get("eos_token_id") if path.exists() else None
-    eos = None if eos == [] else eos
-    return tuple(eos) if isinstance(eos, list) else eos
+    if eos in (None, []):
+        return None
+    ids = eos if isinstance(eos, list) else [eos]
+    if not all(type(token) is int for token in ids):
+        raise InputError(f"{path}: eos_token_id must be an id or a list of ids, got {eos!r}; download it again")
+    return tuple(ids) if isinstance(eos, list) else eos
 
 
 def _read(path: Path) -> dict:
@@ -101,6 +108,8 @@ def _read(path: Path) -> dict:
         raise InputError(
             f"{path}: not valid JSON at line {error.lineno} column {error.colno} ({error.msg}); download it again"
         ) from None
+    except RecursionError:
+        raise InputError(f"{path}: nested too deeply for a config; download it again") from None
     if not isinstance(raw, dict):
         raise InputError(f"{path}: holds a {type(raw).__name__}, expected a JSON object")
     return raw

@@ -72,7 +72,10 @@ def new_directory(target: Path, *, overwrite: bool, needed_bytes: int) -> Iterat
         is to be replaced is no checkpoint or holds more than one does, is the root of a file system, or holds the
         current directory.
     """
-    target = Path(target).resolve()  # a link to a directory could not be replaced at the end
+    # A link to a directory could not be replaced at the end. (`Path.resolve` raises where links go in circles.)
+    target = Path(os.path.realpath(target))
+    if target.is_symlink():
+        raise InputError(f"{target}: is a link that leads back to itself; delete it, or choose another target")
     _check_name(target)
     _check_target(target, overwrite)
     partial = _beside(target, "partial")

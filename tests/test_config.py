@@ -191,6 +191,10 @@ def test_ends_of_an_empty_list_are_those_of_the_config(tmp_path):
     assert generation_ends(tmp_path) is None
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": 0}')
     assert generation_ends(tmp_path) == 0
+    for ends in ('"</s>"', "[2, null]", "true"):
+        (tmp_path / "generation_config.json").write_text(f'{{"eos_token_id": {ends}}}')
+        with pytest.raises(InputError, match=r"generation_config.json: eos_token_id must be an id or a list of ids"):
+            generation_ends(tmp_path)
 
 
 def test_list_of_stop_ids():
@@ -234,8 +238,13 @@ def test_refused_config_json(source, message):
 
 @pytest.mark.parametrize(
     "text, message",
-    [("{", "not valid JSON at line 1"), ("[]", "holds a list"), (None, "no such file")],
-    ids=["damaged", "no-object", "no-file"],
+    [
+        ("{", "not valid JSON at line 1"),
+        ("[]", "holds a list"),
+        ("[" * 100_000, "nested too deeply"),
+        (None, "no such file"),
+    ],
+    ids=["damaged", "no-object", "deep", "no-file"],
 )
 def test_unreadable_file_is_named(tmp_path, text, message):
     if text is not None:

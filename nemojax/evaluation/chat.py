@@ -20,7 +20,7 @@ def tokenizer_config(path: str | os.PathLike) -> dict[str, Any]:
     file = Path(path) / "tokenizer_config.json"
     try:
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{file}: not JSON ({error}); download it again") from None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import math
 import os
 import sys
 import time
@@ -78,8 +79,8 @@ def _check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < smallest:
             raise InputError(f"--{name.replace('_', '-')} must be at least {smallest}, got {value}")
-    if args.limit is not None and not args.limit > 0:
-        raise InputError(f"--limit must be positive, got {args.limit}")
+    if args.limit is not None and not 0 < args.limit < math.inf:
+        raise InputError(f"--limit must be a positive number, got {args.limit}")
     if args.coordinator and not args.coordinator.rpartition(":")[2].isdecimal():
         raise InputError(f"--coordinator must be HOST:PORT, got {args.coordinator}")
     if args.distributed and args.coordinator:
@@ -107,6 +108,7 @@ def _model(lm_class: type, args: argparse.Namespace, record: Any) -> Any:
 
 
 def _lead(lm_class: type, args: argparse.Namespace, cleanup: contextlib.ExitStack) -> int:
+    from jinja2 import TemplateError
     from lm_eval import simple_evaluate
     from lm_eval.utils import make_table
 
@@ -123,20 +125,25 @@ def _lead(lm_class: type, args: argparse.Namespace, cleanup: contextlib.ExitStac
         cleanup.callback(record.close)
     lm = _model(lm_class, args, record)
     begin = time.perf_counter()
-    results = simple_evaluate(
-        lm,
-        tasks=tasks,
-        num_fewshot=args.num_fewshot,
-        batch_size=args.batch_size,
-        limit=args.limit,
-        bootstrap_iters=1000,
-        gen_kwargs=args.gen_kwargs,
-        system_instruction=args.system_instruction,
-        apply_chat_template=args.apply_chat_template,
-        fewshot_as_multiturn=args.apply_chat_template,
-        confirm_run_unsafe_code=args.confirm_run_unsafe_code,
-        task_manager=manager,  # or lm-eval reads all of its thousands of task files once more
-    )
+    try:
+        results = simple_evaluate(
+            lm,
+            tasks=tasks,
+            num_fewshot=args.num_fewshot,
+            batch_size=args.batch_size,
+            limit=args.limit,
+            bootstrap_iters=1000,
+            gen_kwargs=args.gen_kwargs,
+            system_instruction=args.system_instruction,
+            apply_chat_template=args.apply_chat_template,
+            fewshot_as_multiturn=args.apply_chat_template,
+            confirm_run_unsafe_code=args.confirm_run_unsafe_code,
+            task_manager=manager,  # or lm-eval reads all of its thousands of task files once more
+        )
+    except TemplateError as error:
+        raise InputError(
+            f"--tasks: a template of a task cannot be filled in ({type(error).__name__}: {error})"
+        ) from None
     cost = report.cost(lm, time.perf_counter() - begin)
     print(make_table(results))
     if "groups" in results:
@@ -159,6 +166,7 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
 
 def _tasks(names: str) -> tuple[list[Any], Any]:
     """The tasks, loaded, and the manager that loaded them."""
+    from jinja2 import TemplateError
     from lm_eval.tasks import TaskManager
 
     from nemojax.evaluation.tasks import resolve, shipped
@@ -177,7 +185,7 @@ def _tasks(names: str) -> tuple[list[Any], Any]:
             raise InputError(f"--tasks: {spec} is not a task of lm-eval; {hint}")
         try:
             loaded = manager.load([spec])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, TemplateError) as error:
             raise InputError(f"--tasks: {name} cannot be loaded ({type(error).__name__}: {error})") from None
         group = loaded["groups"].get(name)
         found += [group] if group is not None else list(loaded["tasks"].values())

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from lm_eval.api.model import LM
 
 from nemojax import cli
 from nemojax.evaluation import tasks
@@ -64,8 +65,9 @@ def test_shipped_tasks_are_whole_and_small():
         (["--tasks", "python_text,python_text"], "python_text is there twice"),
         (["--tasks", "python_text", "--resume"], "--resume needs --output"),
         (["--tasks", "python_text", "--batch-size", "0"], "--batch-size must be at least 1, got 0"),
-        (["--tasks", "python_text", "--limit", "-1"], "--limit must be positive"),
-        (["--tasks", "python_text", "--limit", "nan"], "--limit must be positive"),
+        (["--tasks", "python_text", "--limit", "-1"], "--limit must be a positive number"),
+        (["--tasks", "python_text", "--limit", "nan"], "--limit must be a positive number"),
+        (["--tasks", "python_text", "--limit", "inf"], "--limit must be a positive number"),
         (["--tasks", "python_text", "--process", "1"], "go together"),
         (
             ["--tasks", "python_text", *["--coordinator", "here", "--processes", "1", "--process", "0"]],
@@ -83,6 +85,29 @@ def test_wrong_arguments_are_one_line(tmp_path, capsys, arguments, message):
     assert cli.main(["evaluate", str(tmp_path), *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+class NoModel(LM):
+    """Answers nothing: what is wrong with a task is found before it is asked."""
+
+    loglikelihood = loglikelihood_rolling = generate_until = None
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% if a %}", "mine cannot be loaded (TemplateSyntaxError: "),
+        ("{{ a.b.c }}", "a template of a task cannot be filled in (UndefinedError: "),
+    ],
+    ids=["not-closed", "not-in-the-second-row"],
+)
+def test_a_template_that_cannot_be_filled_in_is_said(tmp_path, capsys, monkeypatch, template, message):
+    path = write(tmp_path, '{"a": {"b": {"c": "x"}}}\n{"a": {"b": null}}\n')
+    told = f"output_type: loglikelihood_rolling\ntest_split: test\ndoc_to_text: ''\ndoc_to_target: '{template}'\n"
+    path.write_text(YAML + told + "metric_list: [{metric: bits_per_byte}]\n")
+    monkeypatch.setattr("nemojax.evaluation.cli._model", lambda *_: NoModel())
+    assert cli.main(["evaluate", str(tmp_path), "--tasks", str(path)]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_files_need_nothing_of_what_lm_eval_ships(tmp_path, monkeypatch):
