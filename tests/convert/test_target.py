@@ -81,10 +81,13 @@ def test_a_link_to_nothing_is_reported(tmp_path: Path, capsys: pytest.CaptureFix
 @pytest.mark.parametrize("end", ["source", "target"])
 def test_a_link_that_leads_back_to_itself(tmp_path: Path, end: str, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / "circle").symlink_to("circle")
-    hf, message = write_hf(tmp_path / "hf"), "does not exist" if end == "source" else "leads back to itself"
+    hf, message = (
+        write_hf(tmp_path / "hf"),
+        "does not exist" if end == "source" else "is a link that leads back to itself",
+    )
     source, target = (tmp_path / "circle", tmp_path / "new") if end == "source" else (hf, tmp_path / "circle")
     assert run("convert", source, target) == 2
-    assert f"circle: {message}" in capsys.readouterr().err.replace("is a link that ", "")
+    assert f"circle: {message}" in capsys.readouterr().err
     assert sorted(os.listdir(tmp_path)) == ["circle", "hf"]
 
 
