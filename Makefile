@@ -56,9 +56,9 @@ lint: .venv/ready
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
-# For the CPU, code of less quality in half of the time: LLVM does not optimise, a module is compiled in one piece, and fusions
-# are not MLIR first. XLA's passes, which decide the order of operations, are the same, and so are kernels for GPUs. Parity
-# and demo compile as users do.
+# For the CPU, code of less quality in half the time: LLVM does not optimise, a module is compiled in one piece, and
+# fusions are not MLIR first. XLA's passes, which decide the order of operations, are the same, and so are kernels for
+# GPUs. Parity and demo compile as users do.
 QUICK = --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1
 test: export XLA_FLAGS ?= $(QUICK) --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters=true
 kernels newest: export XLA_FLAGS ?= $(QUICK)

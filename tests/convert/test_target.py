@@ -81,12 +81,9 @@ def test_a_link_to_nothing_is_reported(tmp_path: Path, capsys: pytest.CaptureFix
 @pytest.mark.parametrize("end", ["source", "target"])
 def test_a_link_that_leads_back_to_itself(tmp_path: Path, end: str, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / "circle").symlink_to("circle")
-    hf, message = (
-        write_hf(tmp_path / "hf"),
-        "does not exist" if end == "source" else "is a link that leads back to itself",
-    )
-    source, target = (tmp_path / "circle", tmp_path / "new") if end == "source" else (hf, tmp_path / "circle")
-    assert run("convert", source, target) == 2
+    ends = {"source": write_hf(tmp_path / "hf"), "target": tmp_path / "new"} | {end: tmp_path / "circle"}
+    message = {"source": "does not exist", "target": "is a link that leads back to itself"}[end]
+    assert run("convert", ends["source"], ends["target"]) == 2
     assert f"circle: {message}" in capsys.readouterr().err
     assert sorted(os.listdir(tmp_path)) == ["circle", "hf"]
 

@@ -152,6 +152,12 @@ def test_chat_template(lm, tmp_path):
         chat.render("{{ ''.__class__.__mro__ }}", messages, {}, add_generation_prompt=True)
 
 
+def test_a_tokenizer_config_that_is_nested_too_deeply_is_named(tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text("[" * 100_000)
+    with pytest.raises(InputError, match="tokenizer_config.json: not JSON"):
+        chat.tokenizer_config(tmp_path)
+
+
 # ------------------------------------------------------------------------------------------------- whole runs
 
 
