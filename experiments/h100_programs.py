@@ -31,11 +31,12 @@ from pallas_kernels.ssd import ssd
 
 
 class Program(NamedTuple):
-    """A function, its arguments, and which of them it may overwrite."""
+    """A function, its arguments, which of them it may overwrite, and how many GPUs' memory it is compiled for."""
 
     function: Callable
     arguments: tuple
     donate: tuple[int, ...] = ()
+    gpus: int = 1
 
 
 def _bf16(*shape: int) -> jax.ShapeDtypeStruct:
@@ -166,7 +167,10 @@ def layer_gradient(config: Config, kind: str, tokens: int) -> Program:
 
 
 def training_step(config: Config, tokens: int) -> Program:
-    """The trainer's step: bfloat16 on float32 master weights, remat, AdamW."""
+    """The trainer's step: bfloat16 on float32 master weights, remat, AdamW.
+
+    Where memory does not suffice, XLA would look for minutes for what could be computed twice.
+    """
     config = config.replace(dtype="float32")
     settings = Settings(compute_dtype="bfloat16", tokens_per_row=tokens, rows_per_step=1, remat=True)
     params = abstract_params(config)
@@ -177,4 +181,4 @@ def training_step(config: Config, tokens: int) -> Program:
         return update.make_step(config, settings, token_bytes)(state, None, batch)
 
     row = _i32(1, 1, tokens)
-    return Program(run, (state, Batch(row, row), _i32(config.vocab_size)), donate=(0,))
+    return Program(run, (state, Batch(row, row), _i32(config.vocab_size)), donate=(0,), gpus=8)

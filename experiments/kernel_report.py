@@ -89,7 +89,7 @@ def layers() -> dict[str, Case]:
 
 def compiled(program: Program) -> Report:
     """The compiler's report of a program."""
-    return compile_for_h100(program.function, *program.arguments, donate=program.donate)
+    return compile_for_h100(program.function, *program.arguments, donate=program.donate, gpus=program.gpus)
 
 
 # --------------------------------------------------------------------------------------------------------- tables
@@ -147,7 +147,7 @@ def model_rows() -> Iterator[str]:
 
 
 def training_rows() -> Iterator[str]:
-    """The trainer's step on the whole Nano; its master weights and AdamW's state need several GPUs."""
+    """The trainer's step on the whole Nano; its master weights and AdamW's state need the memory of several GPUs."""
     report = compiled(programs.training_step(NANO, TRAINED))
     yield _program_row("Nano, training step, 1 x 4,096", report.calls, report.temporary_bytes, None, report.seconds)
 

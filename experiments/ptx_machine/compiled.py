@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import jax
 from jax.sharding import SingleDeviceSharding
 
-from experiments.h100_compiler import kernels_dumped
+from experiments.h100_compiler import made_anew
 from experiments.ptx_machine.launch import Launch, read_launch
 from experiments.ptx_machine.unseen import traps_on_dropped_indices
 from nemojax.gpu_targets import abstract_devices, gpu
@@ -33,7 +38,7 @@ def compile_kernel(call: Callable, arguments: Sequence[Any]) -> Compiled:
     """
     place = SingleDeviceSharding(abstract_devices(gpu("h100"), 1)[0])
     structs = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place) for a in arguments]
-    with kernels_dumped() as folder, traps_on_dropped_indices():
+    with _dumped() as folder, made_anew(), traps_on_dropped_indices():
         jax.jit(call).trace(*structs).lower(lowering_platforms=("cuda",)).compile()
         found = sorted(folder.glob("*.ptx"))
         if len(found) != 1:
@@ -41,3 +46,13 @@ def compile_kernel(call: Callable, arguments: Sequence[Any]) -> Compiled:
         (path,) = found
         name = path.stem.rpartition("_")[0]
         return Compiled(path.read_text(), read_launch(path.with_suffix(".mlir-passes.log")), name)
+
+
+@contextlib.contextmanager
+def _dumped() -> Iterator[Path]:
+    """A folder, into which Mosaic GPU writes what it makes of every kernel that is compiled meanwhile.
+
+    NAME_NUMBER.ptx is the kernel's PTX, .mlir-passes.log the module after each pass.
+    """
+    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, MOSAIC_GPU_DUMP_TO=folder):
+        yield Path(folder)
