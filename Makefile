@@ -32,21 +32,21 @@ help:
 .venv/ready: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 with venv is needed, none was found" >&2; exit 1; }
 	"$(PYTHON)" -m venv --clear .venv
-	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[plan,test]"
+	.venv/bin/python -m pip install --quiet --no-compile --constraint constraints.txt --editable ".[plan,test]"
 	touch $@
 
 .venv-parity/ready: pyproject.toml constraints.txt
 	@test -n "$(PYTHON_311)" || { echo "live parity needs Python 3.11, none was found" >&2; exit 1; }
 	"$(PYTHON_311)" -m venv --clear .venv-parity
-	.venv-parity/bin/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
-	.venv-parity/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[test,parity]"
+	.venv-parity/bin/python -m pip install --quiet --no-compile --constraint constraints.txt torch==2.13.0
+	.venv-parity/bin/python -m pip install --quiet --no-compile --constraint constraints.txt --editable ".[test,parity]"
 	touch $@
 
 .venv-newest/ready: pyproject.toml constraints.txt Makefile
 	@test -n "$(PYTHON)" || { echo "Python 3.12 with venv is needed, none was found" >&2; exit 1; }
 	"$(PYTHON)" -m venv --clear .venv-newest
 	sed 's/^\(jax\|jaxlib\|jax-cuda13-[a-z]*\)==.*>=.*/\1==$(NEWEST_JAX)/' constraints.txt > .venv-newest/constraints.txt
-	.venv-newest/bin/python -m pip install --quiet --constraint .venv-newest/constraints.txt --editable ".[plan,test]"
+	.venv-newest/bin/python -m pip install --quiet --no-compile --constraint .venv-newest/constraints.txt --editable ".[plan,test]"
 	touch $@
 
 demo: .venv/ready
