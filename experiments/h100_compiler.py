@@ -16,6 +16,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import IO, Any
 from unittest import mock
 
@@ -97,12 +98,14 @@ def compile_for_h100(function: Callable, *arguments: Any, donate: Sequence[int] 
 
 
 @contextlib.contextmanager
-def made_anew() -> Iterator[None]:
+def made_anew(folder: Path | None = None) -> Iterator[None]:
     """Mosaic GPU prints the PTX of every kernel that is compiled meanwhile, each with the log of ptxas behind it.
 
-    A folder in MOSAIC_GPU_DUMP_TO takes both instead, and the module after each pass, which takes longer to write than
-    to make. Here the kernel's function has its launch in its name: NAME_LAUNCH_NUMBER_BLOCKS_SHARED_kernel. So no two
-    of a process are alike, of which Mosaic would make only the first.
+    The kernel's function has its launch in its name: NAME_launch_NUMBER_BLOCKS_SHARED_kernel. So no two of a process
+    are alike, of which Mosaic would make only the first.
+
+    folder: where it writes both instead, NAME_NUMBER.ptx and .ptxas, and in .mlir-passes.log the module after each
+    pass, which takes longer to write than to make.
     """
     number, serialized = next(_NUMBERS), mosaic_core._run_serde_pass
 
@@ -120,11 +123,15 @@ def made_anew() -> Iterator[None]:
 
     with warnings.catch_warnings(), contextlib.ExitStack() as patches:
         warnings.simplefilter("ignore", DeprecationWarning)  # of the compiler's own Python
-        patches.enter_context(mock.patch.dict(os.environ, MOSAIC_GPU_DUMP_PTX="1", MOSAIC_GPU_DUMP_PTXAS="1"))
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(_DUMP)}
+        asked = {"PTX": "1", "PTXAS": "1"} if folder is None else {"TO": str(folder)}
+        environment |= {_DUMP + name: value for name, value in asked.items()}
+        patches.enter_context(mock.patch.dict(os.environ, environment, clear=True))
         patches.enter_context(mock.patch.object(mosaic_core, "_run_serde_pass", renamed))
         yield
 
 
+_DUMP = "MOSAIC_GPU_DUMP_"
 _IS_HOST = "llvm.emit_c_interface"  # of the one function of a kernel's module that XLA calls
 _NUMBERS = itertools.count()
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
 import jax
 from jax.sharding import SingleDeviceSharding
@@ -38,21 +35,11 @@ def compile_kernel(call: Callable, arguments: Sequence[Any]) -> Compiled:
     """
     place = SingleDeviceSharding(abstract_devices(gpu("h100"), 1)[0])
     structs = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place) for a in arguments]
-    with _dumped() as folder, made_anew(), traps_on_dropped_indices():
+    with tempfile.TemporaryDirectory() as folder, made_anew(Path(folder)), traps_on_dropped_indices():
         jax.jit(call).trace(*structs).lower(lowering_platforms=("cuda",)).compile()
-        found = sorted(folder.glob("*.ptx"))
+        found = sorted(Path(folder).glob("*.ptx"))
         if len(found) != 1:
             raise ValueError(f"compile_kernel: {len(found)} kernels, not one: {[path.stem for path in found]}")
         (path,) = found
         name = path.stem.rpartition("_")[0]
         return Compiled(path.read_text(), read_launch(path.with_suffix(".mlir-passes.log")), name)
-
-
-@contextlib.contextmanager
-def _dumped() -> Iterator[Path]:
-    """A folder, into which Mosaic GPU writes what it makes of every kernel that is compiled meanwhile.
-
-    NAME_NUMBER.ptx is the kernel's PTX, .mlir-passes.log the module after each pass.
-    """
-    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, MOSAIC_GPU_DUMP_TO=folder):
-        yield Path(folder)

@@ -46,3 +46,11 @@ def test_a_kernel_made_before():
     assert first == again
     (kernel,) = again
     assert kernel.name == "choose_experts"
+
+
+def test_a_kernel_that_the_environment_has_dumped(monkeypatch, tmp_path):
+    """Mosaic would write to that folder what the report reads."""
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
+    program = programs.router(preset("nano-30b-a3b"), 5)
+    (kernel,) = compile_for_h100(program.function, *program.arguments).kernels
+    assert kernel.registers > 0 and not [*tmp_path.iterdir()]
