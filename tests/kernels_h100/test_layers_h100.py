@@ -208,4 +208,4 @@ def test_training_step(first, end):
     weights, stream = BF16 * num_params(config), config.num_layers * TRAINED * config.hidden_size * BF16
     last = 2 * BF16 * config.n_routed_experts * config.expert_width * config.moe_intermediate_size
     expected = weights + stream + last + gradient_of_experts_bytes(config, TRAINED)
-    assert close_to(expected, report.temporary_bytes), (expected, report.temporary_bytes)
+    assert 0.95 * expected < report.temporary_bytes < expected, (expected, report.temporary_bytes)
