@@ -8,13 +8,13 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax
 import numpy as np
 import psutil
 from jax.sharding import Mesh, SingleDeviceSharding
-from orbax.checkpoint import v1 as ocp
 
 from nemojax import layout
 from nemojax.config import Config
@@ -115,7 +115,7 @@ def save(path: str | os.PathLike, config: Config, params: dict[str, Any], *, ove
         if jax.process_index() == 0:
             (partial / layout.CONFIG).write_text(json.dumps(config_to_hf(config), indent=2) + "\n")
         with saving():
-            ocp.save(partial / layout.PARAMS, params)
+            _orbax().save(partial / layout.PARAMS, params)
 
 
 @contextlib.contextmanager
@@ -152,9 +152,15 @@ def _by_first(act: Callable[[], Any]) -> Any:
     return found
 
 
-def saving() -> ocp.Context:
+def _orbax() -> ModuleType:
+    from orbax.checkpoint import v1  # a fifth of `import nemojax`, for Orbax directories alone
+
+    return v1
+
+
+def saving() -> contextlib.AbstractContextManager:
     """Orbax options for writing: small chunks, so that memory stays near the size of the largest leaf."""
-    context = ocp.Context()
+    context = _orbax().Context()
     context.array.saving.storage_options.chunk_byte_size = _CHUNK_BYTES
     return context
 
@@ -179,7 +185,7 @@ def orbax_leaves(path: Path) -> dict[str, Any]:
       InputError: Orbax cannot read the directory.
     """
     try:
-        tree = ocp.metadata(_params(path)).metadata
+        tree = _orbax().metadata(_params(path)).metadata
     except Exception as error:  # Orbax raises many types for a damaged directory
         raise _unreadable(path, error) from None
     # For some damage it only logs and returns None.
@@ -196,11 +202,11 @@ def read_orbax(path: Path, abstract: dict[str, Any]) -> dict[str, Any]:
     Raises:
       InputError: Orbax cannot read them.
     """
-    context = ocp.Context()
+    context = _orbax().Context()
     context.pytree.loading.partial_load = True
     try:
         with context:
-            return ocp.load(_params(path), abstract)
+            return _orbax().load(_params(path), abstract)
     except Exception as error:  # as above
         raise _unreadable(path, error) from None
 

@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from orbax.checkpoint import multihost
 
 _DAY = 24 * 3600 * 1000  # milliseconds
 _meetings = itertools.count()
@@ -22,6 +21,8 @@ def meet() -> None:
     read tasks, compile.
     """
     if jax.process_count() > 1:
+        from orbax.checkpoint import multihost
+
         wait = multihost.get_barrier_sync_fn()
         wait(key=f"nemojax_{next(_meetings)}", timeout_ms=_DAY)
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -35,11 +33,9 @@ def compile_kernel(call: Callable, arguments: Sequence[Any]) -> Compiled:
     """
     place = SingleDeviceSharding(abstract_devices(gpu("h100"), 1)[0])
     structs = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place) for a in arguments]
-    with tempfile.TemporaryDirectory() as folder, made_anew(Path(folder)), traps_on_dropped_indices():
+    with made_anew() as made, traps_on_dropped_indices():
         jax.jit(call).trace(*structs).lower(lowering_platforms=("cuda",)).compile()
-        found = sorted(Path(folder).glob("*.ptx"))
-        if len(found) != 1:
-            raise ValueError(f"compile_kernel: {len(found)} kernels, not one: {[path.stem for path in found]}")
-        (path,) = found
-        name = path.stem.rpartition("_")[0]
-        return Compiled(path.read_text(), read_launch(path.with_suffix(".mlir-passes.log")), name)
+    if len(made) != 1:
+        raise ValueError(f"compile_kernel: {len(made)} kernels, not one: {[kernel.name for kernel in made]}")
+    (kernel,) = made
+    return Compiled(kernel.ptx, read_launch(kernel.host), kernel.name)

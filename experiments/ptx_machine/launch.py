@@ -1,36 +1,26 @@
-"""How the host launches a kernel, read from the log of Mosaic's passes.
+"""How the host launches a kernel, read from its function in LLVM's language, as Mosaic prints it.
 
-The host function is straight-line code that fills in the descriptors of TMA and launches: it is run here, pointers
-being (argument, bytes), and a view of an array its pointer: one with an offset is refused. Section read: the last one
-that has both the launch and the arguments' shapes.
+The function is straight-line code that fills in the descriptors of TMA and launches. It is run here: what it computes
+are numbers, pointers, which are (argument, bytes), and structures, which are dictionaries of fields.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
-from pathlib import Path
+from typing import Any
 
 from experiments.ptx_machine.laws import UnknownInstruction
 
 # Codes of element types in Mosaic's descriptors (jax.experimental.mosaic.gpu.launch_context) and their bytes.
 _ELEMENT_BYTES = {1: 1, 2: 2, 3: 4, 4: 8, 5: 2, 6: 4, 7: 2, 9: 4, 10: 8}
-_RESULT = re.compile(r"(%[\w#]+)(?::\d+)? = (\S+) (.*)")
-_VALUE = re.compile(r"%[\w#]+")
-_LAUNCH = re.compile(
-    r"gpu\.launch_func .*?(?:clusters in \((?P<cluster>[^)]*)\) )?blocks in \((?P<grid>[^)]*)\) "
-    r"threads in \((?P<threads>[^)]*)\).*?dynamic_shared_memory_size (?P<shared>%\w+) args\((?P<args>.*?)\) loc"
-)
-_SAME = {
-    "builtin.unrealized_conversion_cast",
-    "llvm.inttoptr",
-    "llvm.ptrtoint",
-    "memref.cast",
-    "memref.extract_aligned_pointer_as_index",
-    "memref.reinterpret_cast",
-    "memref.transpose",
-}
-_SECTION = "Before CSEPass: cse ('builtin.module'"
+# Bytes of LLVM's types. Fields of a structure need only be told apart.
+_BYTES = {"i8": 1, "i16": 2, "half": 2, "bfloat": 2, "i32": 4, "float": 4, "i64": 8, "ptr": 8, "structure": 8}
+_TYPE_OF_MANY = re.compile(r"\[[^][{}]*\]|\{[^{}]*\}")
+_LINE = re.compile(r"(?:(?P<result>%\d+) = )?(?:call \w+ )?(?P<op>@?\w+)(?P<rest>.*?)(?:, align \d+)?$")
+_OPERAND = re.compile(r"%\d+|undef|poison|(?<![\w@])-?\d+")
+_LAUNCHES = ("@mosaic_gpu_launch_kernel", "@mosaic_gpu_build_kernel_spec")  # jax 0.11, jax 0.12
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,105 +68,85 @@ class _Host:
     """The host function's values and stack."""
 
     def __init__(self, table: str) -> None:
-        self.values: dict[str, int | Pointer] = {table: Pointer("table")}
-        self.stack: dict[Pointer, int] = {}
-        self.descriptors: dict[str, dict[int, Descriptor]] = {}
+        self.values: dict[str, Any] = {table: Pointer("table"), "undef": {}, "poison": {}}
+        self.stack: dict[Pointer, Any] = {}
+        self.descriptors: dict[int | str, dict[int, Descriptor]] = {}
 
-    def run(self, line: str) -> None:
-        if "call @mosaic_gpu_init_tma_desc" in line:
-            self.describe([self.values[name] for name in _VALUE.findall(line.split(") : (")[0])])
-        elif line.startswith(("llvm.store", "memref.store")):  # jax 0.11, jax 0.12: both of i64
-            value, place, *index = (self.values[name] for name in _VALUE.findall(line))
-            self.stack[Pointer(place.place, place.offset + 8 * sum(index))] = value
-        elif found := _RESULT.match(line):
-            self.values[found[1]] = self.result(found[1], found[2], found[3], line)
+    def run(self, line: str) -> Launch | None:
+        """The launch, if this line is it."""
+        while line != (line := _TYPE_OF_MANY.sub("structure", line)):
+            pass
+        found = _LINE.fullmatch(line)
+        operands = [self.operand(text) for text in _OPERAND.findall(found["rest"])]
+        if found["op"] in _LAUNCHES:
+            return self.launch(*operands)
+        if found["result"]:
+            self.values[found["result"]] = self.result(found, operands)
+        elif found["op"] == "store":
+            value, place = operands
+            self.stack[place] = value
+        elif found["op"] == "@mosaic_gpu_init_tma_desc":
+            self.describe(*operands)
+        else:
+            raise UnknownInstruction(f"{found['op']} on the host: {line}")
+        return None
 
-    def result(self, name: str, op: str, rest: str, line: str) -> int | Pointer | None:
-        operands = [self.values.get(value) for value in _VALUE.findall(rest.split(" : ")[0])]
-        if op.startswith("llvm.mlir.constant"):
-            return int(re.search(r"constant\((-?\d+)", line)[1])
-        if op in ("llvm.mlir.undef", "llvm.mlir.zero"):
-            return None
-        if op in ("llvm.alloca", "memref.alloca()"):
-            return Pointer(name)
-        if op == "llvm.extractvalue":
-            return self.field(operands[0], rest)
-        if op == "llvm.mul":
-            return operands[0] * operands[1]
-        if op == "llvm.add":
-            return Pointer(operands[0].place, operands[0].offset + operands[1])
-        if op == "llvm.getelementptr":
-            return self.element(operands[0], rest)
-        if op == "llvm.load":
-            place = operands[0]
-            return Pointer(place.offset // 8) if place.place == "table" else place
-        if op == "llvm.insertvalue":
-            return next((v for v in (*operands[1:], operands[0]) if isinstance(v, Pointer)), None)
-        if op == "memref.reinterpret_cast" and "offset: [0]" not in rest:
-            raise UnknownInstruction(f"a view with an offset on the host: {line}")
-        if op in _SAME:
-            return operands[0]
-        raise UnknownInstruction(f"{op} on the host: {line}")
+    def operand(self, text: str) -> Any:
+        return int(text) if text.lstrip("-").isdigit() else self.values.get(text)
 
-    @staticmethod
-    def field(view: Pointer, rest: str) -> Pointer | int:
-        """Of a view: the array's pointer, the pointer of its first element, the offset in elements."""
-        index = int(re.search(r"\[(\d+)\]", rest)[1])
-        return (view, view, 0)[index]
+    def result(self, found: re.Match, operands: list) -> Any:
+        match found["op"], operands:
+            case "alloca", _:
+                return Pointer(found["result"])
+            case "load", [Pointer("table", offset)]:
+                return Pointer(offset // 8)
+            case ("load", [value]) if found["rest"].startswith(" structure"):  # bytes stay where they are
+                return value
+            case (("ptrtoint" | "inttoptr"), [value]):
+                return value
+            case "insertvalue", [fields, value, *index]:
+                return fields | {tuple(index): value}
+            case "extractvalue", [fields, *index]:
+                return fields[tuple(index)]
+            case "getelementptr", [Pointer(place, offset), *_, index]:
+                kind = found["rest"].partition(",")[0].split()[-1]
+                return Pointer(place, offset + index * _BYTES[kind])
+            case "add", [Pointer(place, offset), int(more)]:
+                return Pointer(place, offset + more)
+            case "mul", [int(a), int(b)]:
+                return a * b
+        raise UnknownInstruction(f"{found['op']} on the host: {found[0]}")
 
-    @staticmethod
-    def element(base: Pointer, rest: str) -> Pointer:
-        index = int(re.search(r"\[(-?\d+)\]", rest)[1])
-        item = 1 if rest.split(" loc(")[0].endswith(", i8") else 8
-        return Pointer(base.place, base.offset + index * item)
+    def read(self, start: Pointer, count: int) -> tuple:
+        return tuple(self.stack[Pointer(start.place, start.offset + 8 * i)] for i in range(count))
 
-    def describe(self, operands: list) -> None:
-        """`mosaic_gpu_init_tma_desc(descriptor, base, type, rank, sizes, strides, swizzle, box)`."""
-        place, base, kind, rank, shape, strides, swizzle, box = operands
-        read = lambda start: tuple(self.stack[Pointer(start.place, start.offset + 8 * i)] for i in range(rank))
-        made = Descriptor(base, _ELEMENT_BYTES[kind], read(shape), read(strides), read(box), swizzle)
+    def describe(self, place, base, kind, rank, shape, strides, swizzle, box) -> None:
+        """The arguments of `mosaic_gpu_init_tma_desc`."""
+        shape, strides, box = (self.read(start, rank) for start in (shape, strides, box))
+        made = Descriptor(base, _ELEMENT_BYTES[kind], shape, strides, box, swizzle)
         self.descriptors.setdefault(place.place, {})[place.offset] = made
 
+    def launch(self, _kernel, *numbers) -> Launch:
+        """The arguments that both functions of `_LAUNCHES` have."""
+        shared, _early, _, parameters = numbers[9:13]
+        count = sum(place.place == parameters.place for place in self.stack)
+        # What is stored for a parameter, or where its bytes lie.
+        arguments = [self.stack.get(place, place) for place in self.read(parameters, count)]
+        described = [a if isinstance(a.place, int) else self.descriptors[a.place] for a in arguments]
+        cluster = tuple(max(blocks, 1) for blocks in numbers[3:6])
+        return Launch(numbers[:3], cluster, math.prod(numbers[6:9]), shared, tuple(described))
 
-def read_launch(log: Path) -> Launch:
-    """The launch of a kernel from Mosaic's `.mlir-passes.log`.
+
+def read_launch(text: str) -> Launch:
+    """The launch of a kernel from its host function.
 
     Raises:
       UnknownInstruction: the host does more than fill in descriptors.
     """
     host = None
-    for line in _section(log):
-        text = line.strip()
-        if text.startswith("func.func @"):
-            host = _Host(_VALUE.findall(text.split("attributes")[0])[1])
-        elif host is not None and text.startswith("gpu.launch_func"):
-            return _launch(host, _LAUNCH.search(text))
-        elif host is not None:
-            host.run(text)
-    raise UnknownInstruction(f"no launch in {log}")
-
-
-def _section(log):
-    """Lines of the last section of that name: the earlier ones are of the module before its kernel was outlined."""
-    found: list[str] = []
-    inside = False
-    with log.open() as lines:  # tens of MB
-        for line in lines:
-            if line.startswith("// -----//"):
-                inside = _SECTION in line
-                found = [] if inside else found
-            elif inside:
-                found.append(line)
-    return found
-
-
-def _launch(host, found):
-    numbers = lambda text: tuple(host.values[name] for name in _VALUE.findall(text))
-    arguments = []
-    for name in _VALUE.findall(found["args"]):
-        value = host.values[name]
-        arguments.append(host.descriptors[value.place] if isinstance(value.place, str) else value)
-    cluster = numbers(found["cluster"]) if found["cluster"] else (1, 1, 1)
-    return Launch(
-        numbers(found["grid"]), cluster, numbers(found["threads"])[0], host.values[found["shared"]], tuple(arguments)
-    )
+    for line in map(str.strip, text.splitlines()):
+        if line.startswith("define"):
+            host = _Host(_OPERAND.findall(line)[-1])
+        elif host is not None and (launch := host.run(line)):
+            return launch
+    raise UnknownInstruction(f"no launch in {text}")

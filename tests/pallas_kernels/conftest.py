@@ -18,7 +18,7 @@ def interpreter():
     params = plgpu.InterpretGPUParams(detect_races=True)
     if hasattr(params, "on_race"):  # jax 0.12, which raises where nothing is said
         params = dataclasses.replace(params, on_race="warn")
-    with plgpu.force_gpu_interpret_mode(params), races.watched():
+    with plgpu.force_gpu_interpret_mode(params), races.watched(), races.called_back_with_numpy():
         yield
     jax.clear_caches()
 
