@@ -6,6 +6,8 @@ The CUDA compiler of JAX is a plugin (`pip install "nemojax[plan]"`): no driver 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -88,23 +90,43 @@ def abstract_devices(target: Gpu, count: int) -> list[jax.Device]:
     Raises:
       CompilerMissing: the plugin or the assembler `ptxas` is not installed.
     """
+    found = _devices(target, count)
+    _try_compiler(target)
+    return found
+
+
+def _devices(target: Gpu, count: int) -> list[jax.Device]:
     description = _DESCRIPTION.format(**dataclasses.asdict(target))
     try:
         found = topologies.get_topology_desc(platform="cuda", target_config=description, topology=f"1x1x{count}")
     except NotImplementedError:
         raise CompilerMissing('the CUDA compiler is not installed: pip install "nemojax[plan]"') from None
-    _try_compiler(found.devices[0])
     return list(found.devices)
 
 
-def _try_compiler(device: jax.Device) -> None:
+@functools.cache
+def _try_compiler(target: Gpu) -> None:
     """A small program tells in a moment what a whole model would tell after a minute."""
-    x = jax.ShapeDtypeStruct((8,), jnp.float32, sharding=jax.sharding.SingleDeviceSharding(device))
+    place = jax.sharding.SingleDeviceSharding(_devices(target, 1)[0])
     try:
-        jax.jit(lambda x: x + 1).trace(x).lower(lowering_platforms=("cuda",)).compile()
+        compile_absent(jax.jit(lambda x: x + 1).trace(jax.ShapeDtypeStruct((8,), jnp.float32, sharding=place)))
     except jax.errors.JaxRuntimeError as error:
         if "PTX" not in str(error) and "ptxas" not in str(error):
             raise
         raise CompilerMissing(
             "the CUDA compiler has no ptxas: pip install 'nvidia-cuda-nvcc<13.4' 'nvidia-nvvm<13.4'"
         ) from None
+
+
+def compile_absent(traced: jax.stages.Traced) -> jax.stages.Compiled:
+    """Compiles what was traced for `abstract_devices`; raises what the compiler raises.
+
+    JAX keeps it out of its cache on disk: it could not load it from there again, and would warn each time.
+    """
+    limit = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, limit)
+    jax.config.update(limit, math.inf)
+    try:
+        return traced.lower(lowering_platforms=("cuda",)).compile()
+    finally:
+        jax.config.update(limit, before)

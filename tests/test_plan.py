@@ -2,7 +2,9 @@
 
 from collections import Counter
 
+import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 import nemojax
 from nemojax import cli, gpu_targets
@@ -147,6 +149,32 @@ def test_bad_argument(arguments, message, capsys):
 def test_bad_argument_of_the_function(changes, message):
     with pytest.raises(nemojax.InputError, match=message):
         planning.plan(nemojax.preset("nano-4b"), **({"context": 16, "batch": 1} | changes))
+
+
+@pytest.fixture
+def programs_on_disk(tmp_path):
+    """A directory in which JAX keeps every program that it compiles."""
+    settings = {"jax_compilation_cache_dir": str(tmp_path), "jax_persistent_cache_min_compile_time_secs": 0}
+    before = {name: getattr(jax.config, name) for name in settings}
+    compilation_cache.reset_cache()
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    yield lambda: len(list(tmp_path.glob("jit_*")))
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+def test_what_is_compiled_for_absent_gpus_is_not_stored(programs_on_disk):
+    """JAX could not load it again, and would warn of it at every further plan."""
+    pytest.importorskip("jax_cuda13_plugin")
+    device = gpu_targets.abstract_devices(gpu_targets.gpu("h100"), 1)[0]
+    x = jax.ShapeDtypeStruct((8,), "float32", sharding=jax.sharding.SingleDeviceSharding(device))
+    jax.jit(lambda x: x + 2)(1.0)
+    stored = programs_on_disk()
+    for _ in range(2):
+        gpu_targets.compile_absent(jax.jit(lambda x: x + 2).trace(x))
+    assert stored > 0 and programs_on_disk() == stored
 
 
 def sent(program):

@@ -11,7 +11,7 @@ from jax.sharding import SingleDeviceSharding
 from experiments.h100_compiler import made_anew
 from experiments.ptx_machine.launch import Launch, read_launch
 from experiments.ptx_machine.unseen import traps_on_dropped_indices
-from nemojax.gpu_targets import abstract_devices, gpu
+from nemojax.gpu_targets import abstract_devices, compile_absent, gpu
 
 
 class Compiled(NamedTuple):
@@ -34,7 +34,7 @@ def compile_kernel(call: Callable, arguments: Sequence[Any]) -> Compiled:
     place = SingleDeviceSharding(abstract_devices(gpu("h100"), 1)[0])
     structs = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place) for a in arguments]
     with made_anew() as made, traps_on_dropped_indices():
-        jax.jit(call).trace(*structs).lower(lowering_platforms=("cuda",)).compile()
+        compile_absent(jax.jit(call).trace(*structs))
     if len(made) != 1:
         raise ValueError(f"compile_kernel: {len(made)} kernels, not one: {[kernel.name for kernel in made]}")
     (kernel,) = made
