@@ -2,7 +2,7 @@
 
 PATH/config.json     the Hugging Face config, verbatim where there was one
 PATH/params/         the parameters, written by Orbax, in the dtypes of their source
-PATH/...             tokenizer, generation config, chat template, as they came
+PATH/...             tokenizer, generation config, chat templates, as they came
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ _WEIGHTS = (
     ".msgpack",
 )
 
-_DIRECTORIES = {PARAMS, ".cache"}  # the latter of a download
+ADDITIONAL_TEMPLATES = "additional_chat_templates"
+_DIRECTORIES = {PARAMS, ADDITIONAL_TEMPLATES, ".cache"}  # the last of a download
 
 _FULL = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), os.strerror(errno.EFBIG), "RESOURCE_EXHAUSTED")
 
@@ -205,23 +206,29 @@ def _remove(directory: Path) -> None:
 
 
 def companions(source: Path) -> list[Path]:
-    """All files beside the weights: config, tokenizer, chat template, ...
+    """All files beside the weights: config, tokenizer, chat templates, ...
 
     Raises:
-      InputError: one is a link to nothing, as in a download that was not completed.
+      InputError: one is a link to nothing, as in a download that was not completed, or cannot be read.
     """
     found = []
-    for item in sorted(source.iterdir()):
+    for item in [*sorted(source.iterdir()), *sorted((source / ADDITIONAL_TEMPLATES).glob("*"))]:
         if item.name.startswith(".") or item.name.endswith(_WEIGHTS) or item.name == PARAMS:
             continue
         if item.is_symlink() and not item.exists():
             raise InputError(f"{item}: is a link to nothing; download it again, or remove it")
-        found += [item] if item.is_file() else []
+        if not item.is_file():
+            continue
+        if not os.access(item, os.R_OK):
+            raise InputError(f"{item}: cannot be read; allow it, or remove the file")
+        found.append(item)
     return found
 
 
 def copy_companions(source: Path, target: Path) -> list[str]:
-    """Copies `companions`; returns the names."""
-    for item in (found := companions(source)):
-        shutil.copyfile(item, target / item.name)
-    return [item.name for item in found]
+    """Copies `companions`; returns their names."""
+    names = [item.relative_to(source) for item in companions(source)]
+    for name in names:
+        (target / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(source / name, target / name)
+    return [name.as_posix() for name in names]

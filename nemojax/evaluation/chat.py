@@ -8,7 +8,13 @@ import os
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
 from nemojax.errors import InputError
+from nemojax.layout import ADDITIONAL_TEMPLATES
 
 
 def tokenizer_config(path: str | os.PathLike) -> dict[str, Any]:
@@ -31,21 +37,52 @@ def special_token(settings: dict[str, Any], name: str) -> str | None:
 
 
 def chat_template(path: str | os.PathLike, name: str | None = None) -> str:
-    """The template's source: `chat_template.jinja`, else from `tokenizer_config.json`; `name` picks one of several.
+    """The source of the template called `name`, by default `default`.
+
+    As in transformers, `chat_template.jinja` is the default and `additional_chat_templates` holds others by their name;
+    where there is none of these files, `tokenizer_config.json` has one template, or several with their names.
 
     Raises:
-      InputError: the checkpoint has none, or none of that name.
+      InputError: the checkpoint has none, or none of that name, or they are damaged.
     """
-    file = Path(path) / "chat_template.jinja"
-    template = file.read_text(encoding="utf-8") if file.is_file() else tokenizer_config(path).get("chat_template")
-    if isinstance(template, list):  # [{"name": ..., "template": ...}, ...]
-        named = {entry["name"]: entry["template"] for entry in template}
-        template = named.get(name or "default")
-        if template is None:
-            raise InputError(f"{path}: no chat template {name or 'default'!r}; there are {', '.join(sorted(named))}")
-    if not template:
+    found = _templates(Path(path))
+    if not found:
         raise InputError(f"{path}: the checkpoint has no chat template; run without it, or add chat_template.jinja")
+    if not (template := found.get(name or "default")):
+        raise InputError(f"{path}: no chat template {name or 'default'!r}; there are {', '.join(sorted(found))}")
     return template
+
+
+def _templates(path: Path) -> dict[str, str]:
+    files = {file.stem: file for file in (path / ADDITIONAL_TEMPLATES).glob("*.jinja")}
+    if (file := path / "chat_template.jinja").is_file():
+        files["default"] = file
+    if files:
+        return {name: _text(file) for name, file in files.items()}
+    template = tokenizer_config(path).get("chat_template") or []
+    if isinstance(template, str):
+        return {"default": template}
+    try:
+        return {entry["name"]: entry["template"] for entry in template}
+    except (KeyError, TypeError):
+        raise InputError(f"{path}/tokenizer_config.json: chat_template is no list of names and templates") from None
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file}: not UTF-8 ({error}); download it again") from None
+
+
+class _Generation(Extension):
+    """`{% generation %}` marks what a model is trained on; its text is part of the conversation like any other."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
 
 
 def render(
@@ -62,14 +99,12 @@ def render(
     Raises:
       InputError: the template is broken or refuses the conversation.
     """
-    from jinja2 import TemplateError
-    from jinja2.ext import loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     def refuse(message: str):
         raise TemplateError(message)
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    extensions = [loopcontrols, _Generation]
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     # Not Jinja's own, which escapes what HTML would not take.
     environment.filters["tojson"] = lambda value, ensure_ascii=False, indent=None, separators=None, sort_keys=False: (
         json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

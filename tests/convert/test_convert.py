@@ -48,6 +48,7 @@ COMPANIONS = {
     "generation_config.json": "{}",
     "chat_template.jinja": "{{ messages }} \u00e9\n",
     "modeling_nemotron_h.py": "# remote code\n",
+    "additional_chat_templates/tool_use.jinja": "{{ tools }}\n",
 }
 FLOAT32_LEAVES = {"correction_bias", "A_log", "D", "dt_bias"}
 
@@ -88,6 +89,7 @@ def write_hf(
     # Unusual spacing and an unknown key: the file must be copied, not written anew.
     text = json.dumps({**config_to_hf(config), "unknown_key": 1} if raw is None else raw, indent=3) + "\n\n"
     for name, content in {"config.json": text, **COMPANIONS}.items():
+        (directory / name).parent.mkdir(exist_ok=True)
         (directory / name).write_text(content, encoding="utf-8", newline="")
     return directory
 

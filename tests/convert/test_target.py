@@ -78,6 +78,15 @@ def test_a_link_to_nothing_is_reported(tmp_path: Path, capsys: pytest.CaptureFix
     assert "chat_template.jinja: is a link to nothing" in capsys.readouterr().err
 
 
+def test_a_companion_that_cannot_be_read_is_found_before_weights_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "tokenizer.json")  # root may read all
+    monkeypatch.setattr("convert.stream._write_orbax", None)
+    assert run("convert", write_hf(tmp_path / "hf"), tmp_path / "orbax") == 2
+    assert "hf/tokenizer.json: cannot be read" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("end", ["source", "target"])
 def test_a_link_that_leads_back_to_itself(tmp_path: Path, end: str, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / "circle").symlink_to("circle")
@@ -252,4 +261,5 @@ def test_stale_partial_directory_is_started_over(tmp_path: Path) -> None:
     (stale / "params").write_text("not even a directory")
     assert run("convert", tmp_path / "hf", tmp_path / "orbax") == 0
     assert sorted(os.listdir(tmp_path)) == ["hf", "orbax"]
-    assert sorted(os.listdir(tmp_path / "orbax")) == sorted(["config.json", "params", *COMPANIONS])
+    names = {name.split("/")[0] for name in COMPANIONS}
+    assert sorted(os.listdir(tmp_path / "orbax")) == sorted(["config.json", "params", *names])

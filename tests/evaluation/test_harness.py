@@ -152,6 +152,46 @@ def test_chat_template(lm, tmp_path):
         chat.render("{{ ''.__class__.__mro__ }}", messages, {}, add_generation_prompt=True)
 
 
+def test_what_a_template_marks_for_training_is_text(lm):
+    """As in transformers, what is set inside is not known outside."""
+    template = "{% set a = 1 %}{% generation %}{% set a = 2 %}<{{ messages[0].content }}>{% endgeneration %}{{ a }}"
+    assert chat.render(template, [{"role": "user", "content": "Hi"}], {}, add_generation_prompt=True) == "<Hi>1"
+
+
+NAMED = '{"chat_template": [{"name": "default", "template": "d"}, {"name": "tool_use", "template": "t"}]}'
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"chat_template.jinja": "d", "additional_chat_templates/tool_use.jinja": "t", "tokenizer_config.json": "{}"},
+        {"tokenizer_config.json": NAMED},
+    ],
+    ids=["files", "tokenizer_config"],
+)
+def test_templates_by_name(tmp_path, files):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert [chat.chat_template(tmp_path, name) for name in (None, "default", "tool_use")] == ["d", "d", "t"]
+    with pytest.raises(InputError, match="no chat template 'rag'; there are default, tool_use"):
+        chat.chat_template(tmp_path, "rag")
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("chat_template.jinja", b"\xff", "chat_template.jinja: not UTF-8"),
+        ("tokenizer_config.json", b'{"chat_template": [{"name": "default"}]}', "no list of names and templates"),
+        ("tokenizer_config.json", b'{"chat_template": ["a"]}', "no list of names and templates"),
+    ],
+)
+def test_damaged_templates_are_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        chat.chat_template(tmp_path)
+
+
 def test_a_tokenizer_config_that_is_nested_too_deeply_is_named(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text("[" * 100_000)
     with pytest.raises(InputError, match="tokenizer_config.json: not JSON"):
