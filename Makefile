@@ -59,9 +59,8 @@ lint: .venv/ready
 # For the CPU, code of less quality in half the time: LLVM does not optimise, a module is compiled in one piece, and
 # fusions are not MLIR first. XLA's passes, which decide the order of operations, are the same, and so are kernels for
 # GPUs. Parity and demo compile as users do.
-QUICK = --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1
-test: export XLA_FLAGS ?= $(QUICK) --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters=true
-kernels newest: export XLA_FLAGS ?= $(QUICK)
+test kernels newest: export XLA_FLAGS ?= --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1 \
+	--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters=true
 
 # A file goes to one worker, which compiles for all of its tests; files begin in the order of tests/conftest.py.
 WORKERS = --numprocesses 2 --dist loadfile --no-loadscope-reorder
