@@ -1,4 +1,4 @@
-"""Subcommands of `nemojax` about checkpoints. Heavy imports wait until a command runs, so `--help` is instant."""
+"""Subcommands of `nemojax` about checkpoints. What a command imports waits until it runs."""
 
 from __future__ import annotations
 

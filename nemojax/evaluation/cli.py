@@ -1,4 +1,4 @@
-"""The subcommand `nemojax evaluate`. Heavy imports wait until it runs, so `--help` is instant."""
+"""The subcommand `nemojax evaluate`. What it imports waits until it runs."""
 
 from __future__ import annotations
 
