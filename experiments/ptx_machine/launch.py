@@ -76,7 +76,8 @@ class _Host:
         """The launch, if this line is it."""
         while line != (line := _TYPE_OF_MANY.sub("structure", line)):
             pass
-        found = _LINE.fullmatch(line)
+        if not (found := _LINE.fullmatch(line)):
+            raise UnknownInstruction(f"on the host: {line}")
         operands = [self.operand(text) for text in _OPERAND.findall(found["rest"])]
         if found["op"] in _LAUNCHES:
             return self.launch(*operands)
@@ -144,7 +145,7 @@ def read_launch(text: str) -> Launch:
       UnknownInstruction: the host does more than fill in descriptors.
     """
     host = None
-    for line in map(str.strip, text.splitlines()):
+    for line in filter(None, map(str.strip, text.splitlines())):
         if line.startswith("define"):
             host = _Host(_OPERAND.findall(line)[-1])
         elif host is not None and (launch := host.run(line)):
