@@ -67,7 +67,7 @@ def prefill_flops(config: Config, tokens: int) -> int:
 
 
 # Of an H100 or H200 SXM: bfloat16 products without sparsity, operations a second (NVIDIA's data sheet).
-_PEAK = 989.4e12
+PEAK_FLOPS = 989.4e12
 
 
 class Work(NamedTuple):
@@ -79,7 +79,7 @@ class Work(NamedTuple):
     @property
     def seconds(self) -> float:
         """On an H100 that does nothing but the slower of both, at its peak."""
-        return max(self.flops / _PEAK, self.nbytes / gpu("h100").bandwidth)
+        return max(self.flops / PEAK_FLOPS, self.nbytes / gpu("h100").bandwidth)
 
     @property
     def gradient(self) -> Work:

@@ -62,6 +62,14 @@ def test_shell_declares_what_the_function_reads(shell, function, inputs):
     jax.tree.map(np.testing.assert_array_equal, actual, wanted)
 
 
+def test_attention_is_told_where_in_its_state_a_call_begins():
+    """The kernel would look at slots of no document, or fail without a name."""
+    state = init_cache(CONFIG, batch=2, max_len=8).layers["layers_01"]
+    params = perturbed_params(CONFIG)["layers_01"]["mixer"]
+    with pytest.raises(ValueError, match="attention: with a state, segments must have `start` and `slots`"):
+        Attention(CONFIG).apply({"params": params}, jnp.asarray(X), state)
+
+
 @pytest.mark.parametrize("together", [False, True], ids=["", "experts-together"])
 @pytest.mark.parametrize("batch", [1, 2], ids=["one-row", "two-rows"])
 def test_one_token_at_a_time_equals_all_at_once(batch, together, monkeypatch):

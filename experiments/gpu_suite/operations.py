@@ -15,10 +15,10 @@ import jax.numpy as jnp
 from experiments.gpu_suite import breakdown
 from experiments.gpu_suite.cases import Case, Work
 from experiments.gpu_suite.timing import calls_of_program, compiled, count_of_sets, device_seconds, in_turn
+from experiments.rooflines import PEAK_FLOPS
 from nemojax.gpu_targets import GPUS
 
 ROUNDING = 2.0**-8  # of bfloat16
-PEAK_FLOPS = 989.4e12  # dense bfloat16 operations a second (NVIDIA's data sheet of the H100 and H200 SXM)
 
 
 def check(case: Case, pool: Executor) -> Iterator[dict[str, Any]]:

@@ -43,7 +43,12 @@ def attention(
 
     Returns:
       The output (zero at pads) and the state with this call's keys and values written.
+
+    Raises:
+      ValueError: there is a state, and `segments` do not say where in it the call begins.
     """
+    if state is not None and (segments.start is None or segments.slots is None):
+        raise ValueError("attention: with a state, segments must have `start` and `slots` (nemojax.segments.Segments)")
     with jax.named_scope("qkv_proj"):
         q, k, v = projects(x, [params[name] for name in ("q_proj", "k_proj", "v_proj")], implementation)
     before, state = state, AttentionState(k, v)

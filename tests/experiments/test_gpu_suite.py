@@ -20,7 +20,7 @@ from nemojax.gpu_targets import GPUS
 
 ROOT = Path(__file__).parents[2]
 NANO = nemojax.preset("nano-30b-a3b")
-H100 = Work(GPUS["h100"].bandwidth, operations.PEAK_FLOPS)
+H100 = Work(GPUS["h100"].bandwidth, rooflines.PEAK_FLOPS)
 ANY = Work(1e12, 1e15)
 
 
