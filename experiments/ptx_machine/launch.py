@@ -74,8 +74,8 @@ class _Host:
 
     def run(self, line: str) -> Launch | None:
         """The launch, if this line is it."""
-        while line != (line := _TYPE_OF_MANY.sub("structure", line)):
-            pass
+        while _TYPE_OF_MANY.search(line):
+            line = _TYPE_OF_MANY.sub("structure", line)
         if not (found := _LINE.fullmatch(line)):
             raise UnknownInstruction(f"on the host: {line}")
         operands = [self.operand(text) for text in _OPERAND.findall(found["rest"])]
