@@ -157,8 +157,9 @@ def _standard_output(file: IO) -> Iterator[None]:
         os.close(before)
 
 
-# The function that launches has another name with jax 0.12. Numbers: blocks along 3 axes, and bytes as the tenth.
-_LAUNCH = re.compile(r"@mosaic_gpu_(?:launch_kernel|build_kernel_spec)\(ptr %.*")
+LAUNCHES = ("@mosaic_gpu_launch_kernel", "@mosaic_gpu_build_kernel_spec")  # what the host calls: jax 0.11, jax 0.12
+# Numbers: blocks along 3 axes, and bytes of shared memory as the tenth.
+_LAUNCH = re.compile(rf"(?:{'|'.join(LAUNCHES)})\(ptr %.*")
 
 
 def _kernel(made: Made) -> Kernel:

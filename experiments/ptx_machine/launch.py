@@ -11,6 +11,7 @@ import math
 import re
 from typing import Any
 
+from experiments.h100_compiler import LAUNCHES
 from experiments.ptx_machine.laws import UnknownInstruction
 
 # Codes of element types in Mosaic's descriptors (jax.experimental.mosaic.gpu.launch_context) and their bytes.
@@ -20,7 +21,6 @@ _BYTES = {"i8": 1, "i16": 2, "half": 2, "bfloat": 2, "i32": 4, "float": 4, "i64"
 _TYPE_OF_MANY = re.compile(r"\[[^][{}]*\]|\{[^{}]*\}")
 _LINE = re.compile(r"(?:(?P<result>%\d+) = )?(?:call \w+ )?(?P<op>@?\w+)(?P<rest>.*?)(?:, align \d+)?$")
 _OPERAND = re.compile(r"%\d+|undef|poison|(?<![\w@])-?\d+")
-_LAUNCHES = ("@mosaic_gpu_launch_kernel", "@mosaic_gpu_build_kernel_spec")  # jax 0.11, jax 0.12
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +79,7 @@ class _Host:
         if not (found := _LINE.fullmatch(line)):
             raise UnknownInstruction(f"on the host: {line}")
         operands = [self.operand(text) for text in _OPERAND.findall(found["rest"])]
-        if found["op"] in _LAUNCHES:
+        if found["op"] in LAUNCHES:
             return self.launch(*operands)
         if found["result"]:
             self.values[found["result"]] = self.result(found, operands)
@@ -128,7 +128,7 @@ class _Host:
         self.descriptors.setdefault(place.place, {})[place.offset] = made
 
     def launch(self, _kernel, *numbers) -> Launch:
-        """The arguments that both functions of `_LAUNCHES` have."""
+        """The arguments that both functions of `LAUNCHES` have."""
         shared, _early, _, parameters = numbers[9:13]
         count = sum(place.place == parameters.place for place in self.stack)
         # What is stored for a parameter, or where its bytes lie.

@@ -45,12 +45,12 @@ def chat_template(path: str | os.PathLike, name: str | None = None) -> str:
     Raises:
       InputError: the checkpoint has none, or none of that name, or they are damaged.
     """
-    found = _templates(Path(path))
+    found = {name: text for name, text in _templates(Path(path)).items() if text}
     if not found:
         raise InputError(f"{path}: the checkpoint has no chat template; run without it, or add chat_template.jinja")
-    if not (template := found.get(name or "default")):
-        raise InputError(f"{path}: no chat template {name or 'default'!r}; there are {', '.join(sorted(found))}")
-    return template
+    if (name := name or "default") not in found:
+        raise InputError(f"{path}: no chat template {name!r}; there are {', '.join(sorted(found))}")
+    return found[name]
 
 
 def _templates(path: Path) -> dict[str, str]:

@@ -181,6 +181,7 @@ def test_templates_by_name(tmp_path, files):
 @pytest.mark.parametrize(
     "name, content, message",
     [
+        ("chat_template.jinja", b"", "has no chat template"),
         ("chat_template.jinja", b"\xff", "chat_template.jinja: not UTF-8"),
         ("tokenizer_config.json", b'{"chat_template": [{"name": "default"}]}', "no list of names and templates"),
         ("tokenizer_config.json", b'{"chat_template": ["a"]}', "no list of names and templates"),
