@@ -118,6 +118,11 @@ def _try_compiler(target: Gpu) -> None:
         ) from None
 
 
+# There is nothing to measure alternatives on, and XLA would take the same ones after compiling all. Code that LLVM has
+# not optimised, which XLA_FLAGS may ask for to compile for the CPU in less time, takes ptxas longer.
+_OPTIONS = {"xla_gpu_autotune_level": 0, "xla_backend_optimization_level": 3}
+
+
 def compile_absent(traced: jax.stages.Traced) -> jax.stages.Compiled:
     """Compiles what was traced for `abstract_devices`; raises what the compiler raises.
 
@@ -127,6 +132,6 @@ def compile_absent(traced: jax.stages.Traced) -> jax.stages.Compiled:
     before = getattr(jax.config, limit)
     jax.config.update(limit, math.inf)
     try:
-        return traced.lower(lowering_platforms=("cuda",)).compile()
+        return traced.lower(lowering_platforms=("cuda",)).compile(compiler_options=_OPTIONS)
     finally:
         jax.config.update(limit, before)
