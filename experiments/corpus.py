@@ -2,15 +2,16 @@
 
 A document is one source file or one topic of `pydoc_data.topics`. Near-copies are dropped, so that no held-out document
 has a twin in the training part; a hash of its name decides which part a document belongs to. Of the caller's own files
-only exact copies are.
+only exact copies are, and a hash of the text decides.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib
+import os
 import sysconfig
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -73,7 +74,8 @@ def from_files(paths: Iterable[Path]) -> Corpus:
     for document in read_files(paths):
         if document.text.strip():
             documents.setdefault(document.text, document)
-    return split(list(documents.values()))
+    # By their texts: the same files are held out wherever they lie, and however their paths are written.
+    return split(list(documents.values()), key=lambda d: d.text)
 
 
 def _sources() -> list[Document]:
@@ -110,18 +112,18 @@ def deduplicate(documents: Iterable[Document]) -> list[Document]:
     return kept
 
 
-def split(documents: Sequence[Document]) -> Corpus:
-    """Splits by a hash of the name; of few documents, the one with the smallest hash is held out.
+def split(documents: Sequence[Document], key: Callable[[Document], str] = lambda d: d.name) -> Corpus:
+    """Splits by a hash of the key; of few documents, the one with the smallest hash is held out.
 
     Raises:
       InputError: there are not two documents, or a text is in both parts.
     """
-    number = {d.name: int(hashlib.sha256(d.name.encode()).hexdigest(), 16) for d in documents}
-    chosen = {name for name, value in number.items() if value % HELD_OUT_SHARE == 0}
-    if not 0 < len(chosen) < len(number):
-        chosen = {min(number, key=number.get, default="")}
-    train = [d for d in documents if d.name not in chosen]
-    held_out = [d for d in documents if d.name in chosen]
+    numbers = [int(hashlib.sha256(key(d).encode()).hexdigest(), 16) for d in documents]
+    chosen = {number for number in numbers if number % HELD_OUT_SHARE == 0}
+    if not 0 < len(chosen) < len(set(numbers)):
+        chosen = {min(numbers, default=0)}
+    train = [d for d, number in zip(documents, numbers, strict=True) if number not in chosen]
+    held_out = [d for d, number in zip(documents, numbers, strict=True) if number in chosen]
     if not train or not held_out:
         raise InputError(
             f"{len(documents)} documents are too few to hold one out; give at least two that differ and are not empty"
@@ -138,7 +140,8 @@ def digest(documents: Iterable[Document]) -> str:
     """SHA-256 over all names and texts: the same digest is the same data."""
     total = hashlib.sha256()
     for name, text in documents:
-        total.update(f"{len(name.encode())} {len(text.encode())} ".encode() + name.encode() + text.encode())
+        parts = os.fsencode(name), text.encode()  # a file's name may be no UTF-8
+        total.update(b"%d %d " % tuple(map(len, parts)) + b"".join(parts))
     return total.hexdigest()
 
 
@@ -180,6 +183,12 @@ def token_bytes(tokenizer: Tokenizer) -> Int[np.ndarray, " V"]:
     for token, i in tokenizer.get_vocab().items():
         found[i] = 0 if i < len(SPECIAL_TOKENS) else len(token)
     return found
+
+
+def check_ids(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Raises an `InputError` if the tokenizer has more ids than the model."""
+    if (count := ids(tokenizer)) > vocab_size:
+        raise InputError(f"the tokenizer has {count} ids, the model only {vocab_size}; raise vocab_size")
 
 
 def ids(tokenizer: Tokenizer) -> int:

@@ -175,7 +175,7 @@ def training_step(config: Config, tokens: int) -> Program:
     settings = Settings(compute_dtype="bfloat16", tokens_per_row=tokens, rows_per_step=1, remat=True)
     params = abstract_params(config)
     optimizer = jax.eval_shape(update.make_optimizer(settings).init, params)
-    state = update.TrainState(_i32(), jax.ShapeDtypeStruct((2,), jnp.uint32), params, optimizer)
+    state = update.TrainState(_i32(), params, optimizer)
 
     def run(state: update.TrainState, batch: Batch, token_bytes: jax.Array) -> Any:
         return update.make_step(config, settings, token_bytes)(state, None, batch)

@@ -1,11 +1,11 @@
-"""How good a trained model is on text that it never saw, beside two programs that know nothing of neural networks.
+"""How good a trained model is on text, beside two programs that know nothing of neural networks.
 
     python -m experiments.held_out CHECKPOINT [--text FILE...]
 
-Bits per byte of the held-out part of the corpus (or of the files given) for the model, for an interpolated 5-gram model
-fitted to the standard library's training part, and for `xz -9`; the load of the experts, and how often the multi-token
-prediction block foretells what the model itself would say (its attention sees 1,024 tokens at a time). Last result:
-experiments/nemotron_tiny/README.md.
+Bits per byte of the standard library's held-out part (or of the files given; whether a run trained on these, its user
+must know) for the model, for an interpolated 5-gram model fitted to the standard library's training part, and for
+`xz -9`; the load of the experts, and how often the multi-token prediction block foretells what the model itself would
+say (its attention sees 1,024 tokens at a time). Last result: experiments/nemotron_tiny/README.md.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ import nemojax
 from experiments import corpus, ngram, objective
 from experiments.corpus import Document
 from nemojax import Config, forward
+from nemojax.cli import one_line, silence_libraries
 from nemojax.errors import InputError
 from nemojax.tokenizer import load_tokenizer
 
@@ -60,15 +61,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("checkpoint", type=Path, help="Hugging Face or Orbax directory with a tokenizer.json")
     parser.add_argument("--text", type=Path, nargs="+", help="UTF-8 files to measure instead of the held-out part")
     args = parser.parse_args(arguments)
-    try:
-        texts = corpus.standard_library()
-        held_out = texts.held_out if args.text is None else unseen(args.text, texts.train)
-        model, params = nemojax.load(args.checkpoint, dtype="float32")
-        tokenizer = load_tokenizer(args.checkpoint)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return one_line("error", lambda: _run(args.checkpoint, args.text))
+
+
+def _run(checkpoint: Path, files: Sequence[Path] | None) -> int:
+    texts = corpus.standard_library()
+    held_out = texts.held_out if files is None else unseen(files, texts.train)
+    model, params = nemojax.load(checkpoint, dtype="float32")
+    tokenizer = load_tokenizer(checkpoint)
+    corpus.check_ids(tokenizer, model.config.vocab_size)
     result = measure(model.config, params, corpus.encode(tokenizer, held_out))
+    if not math.isfinite(result.nats):
+        raise InputError(f"{checkpoint}: its logits are not finite; the weights are damaged")
     _print(texts.train, held_out, result, figures(result, tokenizer, texts.train, held_out))
     return 0
 
@@ -82,7 +86,7 @@ def figures(
       result: of `measure` on the held-out texts.
       tokenizer: the model's. train: what the n-gram model is fitted to, a 5-gram one where so many ids allow it.
     """
-    ids = tokenizer.get_vocab_size()
+    ids = corpus.ids(tokenizer)
     order = next(n for n in range(ORDER, 0, -1) if ngram.fits(ids, n))
     fitted = ngram.fit([d[1:] for d in corpus.encode(tokenizer, train)], ids, order=order)
     counted = -sum(float(fitted.log_probs(d[1:]).sum()) for d in corpus.encode(tokenizer, held_out))
@@ -177,4 +181,5 @@ def _print(train: Sequence[Document], held_out: Sequence[Document], result: Resu
 
 
 if __name__ == "__main__":
+    silence_libraries()
     sys.exit(main())

@@ -124,7 +124,7 @@ def _piece(hidden, table, ids, mask):
     logits = forward.head_logits(hidden[None], table)[0]
     log_p = jax.nn.log_softmax(logits, axis=-1)
     nats = -jnp.where(mask, jnp.take_along_axis(log_p, ids[:, None], axis=-1)[:, 0], 0).sum()
-    return nats, jnp.where(mask[:, None], jnp.exp(log_p) - jax.nn.one_hot(ids, logits.shape[-1]), 0)
+    return nats, jnp.where(mask[:, None], jnp.exp(log_p) - jax.nn.one_hot(ids, logits.shape[-1], dtype=logits.dtype), 0)
 
 
 def _nats_forward(hidden, table, ids, mask):
@@ -155,7 +155,7 @@ def _balance(routings: list[Routing], real: list[Array], config: Config) -> tupl
     for routing, is_real in zip(routings, real, strict=True):
         mask = is_real[..., None].astype(jnp.float32)
         count = jnp.maximum(is_real.sum(axis=1), 1)[:, None].astype(jnp.float32)
-        chosen = jax.nn.one_hot(routing.ids, experts).sum(axis=2) * mask  # [B, T, E]
+        chosen = jax.nn.one_hot(routing.ids, experts, dtype=jnp.float32).sum(axis=2) * mask  # [B, T, E]
         share = chosen.sum(axis=1) / (count * config.num_experts_per_tok)
         score = routing.scores / routing.scores.sum(axis=-1, keepdims=True)
         mean_score = jnp.where(mask > 0, score, 0).sum(axis=1) / count

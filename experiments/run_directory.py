@@ -21,6 +21,7 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from nemojax.errors import InputError
+from nemojax.layout import check_name, say_if_full
 
 SETTINGS, TOKENIZER, LOG, CURVES, MODEL = "settings.json", "tokenizer.json", "log.jsonl", "curves.png", "model"
 STAGED = ".model.orbax"
@@ -30,6 +31,7 @@ class Checkpoints:
     """The last few states of a run."""
 
     def __init__(self, run: Path, keep: int):
+        self._run = run
         self._checkpointer = ocp.training.Checkpointer(
             (run / "checkpoints").resolve(),
             preservation_policy=ocp.training.preservation_policies.LatestN(keep),
@@ -45,7 +47,8 @@ class Checkpoints:
 
     def save(self, step: int, state: Any) -> None:
         """Starts to write in the background; only waits for the one before."""
-        self._checkpointer.save_async(step, state)
+        with self._space():
+            self._checkpointer.save_async(step, state)
 
     def load(self, step: int, like: Any) -> Any:
         """The state after `step` steps, in the structure, shapes and dtypes of `like`."""
@@ -55,7 +58,16 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits until everything is on disk."""
-        self._checkpointer.close()
+        with self._space():
+            self._checkpointer.close()
+
+    @contextmanager
+    def _space(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            say_if_full(self._run, error)
+            raise
 
 
 @contextmanager
@@ -91,6 +103,7 @@ def prepare(run: Path, description: dict[str, Any]) -> None:
       InputError: it holds a run with another description; names what differs.
     """
     path = run / SETTINGS
+    check_name(run)
     description = json.loads(json.dumps(description))  # as it comes back from the file
     try:
         run.mkdir(parents=True, exist_ok=True)
@@ -99,8 +112,9 @@ def prepare(run: Path, description: dict[str, Any]) -> None:
     if path.exists():
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise InputError(f"{path}: cannot be read as JSON ({error}); choose another directory") from None
+            stored.keys()
+        except (AttributeError, OSError, ValueError, RecursionError) as error:
+            raise InputError(f"{path}: cannot be read as settings ({error}); choose another directory") from None
         different = sorted(k for k in stored.keys() | description.keys() if stored.get(k) != description.get(k))
         if different:
             was = "; ".join(f"{k} {stored.get(k)!r}, now {description.get(k)!r}" for k in different)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from nemojax.errors import InputError
 
 _EXAMPLE = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
 _EXAMPLE |= {tuple: 'a list such as ["in_proj"]'}
+_LARGEST = 3.4e38  # float32 ends a little above
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ class Settings:
         for field in dataclasses.fields(self):
             value, wanted = getattr(self, field.name), type(field.default)
             fits = isinstance(value, (int, float)) if wanted is float else isinstance(value, wanted)
-            if wanted is float and fits and not 0 <= value < math.inf:
+            if wanted is float and fits and not 0 <= value <= _LARGEST:
                 raise InputError(f"settings: {field.name} must be at least 0 and finite, got {value}")
             if field.name != "model" and (not fits or isinstance(value, bool) != (wanted is bool)):
                 raise InputError(f"settings: {field.name} must be {_EXAMPLE[wanted]}, got {value!r}")
@@ -72,6 +72,11 @@ class Settings:
         for name in ("tokens_per_row", "rows_per_step", "accumulate", "steps", "save_every", "keep", "evaluate_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"settings: {name} must be at least 1, got {getattr(self, name)}; raise it")
+        for name, end in (("beta1", 1), ("beta2", 1), ("seed", 2**32), ("steps", 2**31)):
+            if not 0 <= getattr(self, name) < end:
+                raise InputError(f"settings: {name} must be at least 0 and below {end}, got {getattr(self, name)}")
+        if not self.clip_norm:
+            raise InputError("settings: clip_norm 0 makes every gradient 0; to clip none, give a large number")
         if self.tokens_per_row < 2:
             raise InputError("settings: tokens_per_row must be at least 2, got 1; a token needs another to predict")
         if not all(isinstance(target, str) for target in self.lora):
@@ -96,7 +101,8 @@ class Settings:
           InputError: `model` does not describe one.
         """
         try:
-            return Config(**(self.model or {}) | {"dtype": "float32"})
+            fields = {k: tuple(v) if isinstance(v, list) else v for k, v in (self.model or {}).items()}
+            return Config(**fields).replace(dtype="float32")
         except TypeError as error:  # a field that is unknown or missing
             raise InputError(f"settings: model: {str(error).replace('Config.__init__() ', '')}") from None
 
@@ -111,7 +117,7 @@ def read(path: Path | None, changes: Sequence[str] = ()) -> Settings:
     if path is not None:
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise InputError(f"{path}: cannot be read as JSON ({error})") from None
     if not isinstance(values, dict):
         raise InputError(f"{path}: holds a {type(values).__name__}; give an object of settings")
@@ -121,7 +127,7 @@ def read(path: Path | None, changes: Sequence[str] = ()) -> Settings:
             raise InputError(f"--set {change}: give name=value")
         try:
             values[name] = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             values[name] = value
     known = {field.name for field in dataclasses.fields(Settings)}
     if unknown := sorted(values.keys() - known):

@@ -35,6 +35,7 @@ from experiments.packing import Batch
 from experiments.run_directory import Checkpoints
 from experiments.settings import Settings
 from experiments.update import Metrics, TrainState
+from nemojax.cli import one_line, silence_libraries
 from nemojax.config import Config
 from nemojax.errors import InputError
 from nemojax.layout import companions, copy_companions
@@ -42,7 +43,7 @@ from nemojax.lock import alone
 from nemojax.specs import flatten
 from nemojax.tokenizer import load_tokenizer
 
-# Rows of held-out text that a look during training takes; `experiments.held_out` reads all of it.
+# Rows of held-out text that a look during training takes.
 _LOOK_ROWS = 32
 
 
@@ -75,6 +76,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--text", type=Path, nargs="+", help="text files, one document each")
     parser.add_argument("--no-progress", action="store_true")
     args = parser.parse_args(arguments)
+    return one_line("error", lambda: _run(args))
+
+
+def _run(args: argparse.Namespace) -> int:
     try:
         train(
             args.run,
@@ -83,9 +88,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             text=args.text,
             show_progress=not args.no_progress,
         )
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except NotFinite as error:
         print(f"stopped: {error}", file=sys.stderr)
         return 1
@@ -111,8 +113,10 @@ def train(
     if chosen.lora and init is None:
         raise InputError("settings: lora adapts a trained model; give --init")
     config, base, tokenizer = chosen.config if init is None else None, None, None
+    start = {"init_sha256": None}
     if init is not None:
         model, base = nemojax.load(init, dtype="float32")
+        start = {"init_sha256": _digest(model.config, base)}
         companions(init)  # which the export will copy
         config, tokenizer = model.config, load_tokenizer(init)
         other = [n for n in chosen.model or () if n != "dtype" and getattr(chosen.config, n) != getattr(config, n)]
@@ -120,10 +124,11 @@ def train(
             raise InputError(f"settings: model has another {', '.join(other)} than {init}; leave it out, or --init")
     data = read_data(text, tokenizer, config.vocab_size)
     state = initial_state(config, chosen, base)
-    seed = [int(word) for word in np.asarray(state.key)]
-    stream = packing.Stream(data.train, length=chosen.tokens_per_row, rows=chosen.rows_per_step, seed=seed)
+    base = base if chosen.lora else None  # a step overwrites its state, which has these arrays otherwise
+    # The words of JAX's key for this seed.
+    stream = packing.Stream(data.train, length=chosen.tokens_per_row, rows=chosen.rows_per_step, seed=[0, chosen.seed])
     # Only a run that can begin takes the directory.
-    run_directory.prepare(run, vars(chosen) | data.digests | {"init_sha256": base and _digest(base)})
+    run_directory.prepare(run, vars(chosen) | data.digests | start)
     with alone(run):
         data.tokenizer.save(str(run / run_directory.TOKENIZER))
         checkpoints = Checkpoints(run, chosen.keep)
@@ -137,8 +142,8 @@ def train(
         export(run, update.assemble(base, state.trained, config=config, settings=chosen), config, init)
 
 
-def _digest(params: Any) -> str:
-    total = hashlib.sha256()
+def _digest(config: Config, params: Any) -> str:
+    total = hashlib.sha256(repr(config).encode())
     for path, leaf in flatten(params):
         total.update(path.encode() + np.asarray(leaf).tobytes())
     return total.hexdigest()
@@ -152,8 +157,7 @@ def read_data(text: Sequence[Path] | None, tokenizer: Tokenizer | None, vocab_si
     """
     texts = corpus.standard_library() if text is None else corpus.from_files(text)
     tokenizer = tokenizer or corpus.train_tokenizer(texts.train, vocab_size)
-    if (ids := corpus.ids(tokenizer)) > vocab_size:
-        raise InputError(f"the tokenizer has {ids} ids, the model only {vocab_size}; raise vocab_size")
+    corpus.check_ids(tokenizer, vocab_size)
     digests = {
         "train_sha256": corpus.digest(texts.train),
         "held_out_sha256": corpus.digest(texts.held_out),
@@ -170,13 +174,13 @@ def initial_state(config: Config, chosen: Settings, base: Any) -> TrainState:
         trained = lora.init(config, chosen.lora, chosen.lora_rank, key)
     else:
         trained = nemojax.init_params(config, key) if base is None else base
-    return TrainState(jnp.int32(0), jax.random.key_data(key), trained, update.make_optimizer(chosen).init(trained))
+    return TrainState(jnp.int32(0), trained, update.make_optimizer(chosen).init(trained))
 
 
 def _loop(run, state, base, stream, data, config, chosen, checkpoints, show_progress) -> TrainState:
     """Steps from the state to the end of the run."""
     token_bytes = jnp.asarray(_padded(corpus.token_bytes(data.tokenizer), config.vocab_size))
-    step = jax.jit(update.make_step(config, chosen, token_bytes))
+    step = jax.jit(update.make_step(config, chosen, token_bytes), donate_argnums=0)
     look = jax.jit(partial(_look, config=config, chosen=chosen, token_bytes=token_bytes))
     held_out = _some_rows(data.held_out, chosen.tokens_per_row)
     done = int(state.step)
@@ -187,14 +191,17 @@ def _loop(run, state, base, stream, data, config, chosen, checkpoints, show_prog
         for index in range(done, chosen.steps):
             start = time.perf_counter()
             batch = Batch(*(a.reshape(chosen.accumulate, -1, a.shape[-1]) for a in stream.batch(index)))
-            after, metrics = step(state, base, batch)
-            record = _record(index + 1, metrics, chosen)
+            state, metrics = step(state, base, batch)
+            record = _record(index + 1, metrics)
             if not (math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])):
                 params = update.assemble(base, state.trained, config=config, settings=chosen)
                 compute = config.replace(dtype=chosen.compute_dtype)
                 where = update.first_non_finite(update.compute_copy(params, compute), batch, metrics, compute)
                 raise NotFinite(f"step {index + 1}: loss {record['loss']}, gradient {record['grad_norm']}, at {where}")
-            state = after
+            if bad := update.bad_leaves(metrics.bad_update):
+                raise NotFinite(
+                    f"step {index + 1}: its update makes {bad[0]} infinite or NaN ({len(bad)} leaves in all)"
+                )
             record["tokens_per_second"] = round(batch.tokens.size / (time.perf_counter() - start), 1)
             if (index + 1) % chosen.evaluate_every == 0 or index + 1 == chosen.steps:
                 record["held_out_bits_per_byte"] = seen = float(look(state.trained, base, held_out))
@@ -227,23 +234,23 @@ def _look(trained, base, rows, *, config, chosen, token_bytes):
     return sums.nats.sum() / sums.text_bytes.sum() / math.log(2)
 
 
-def _record(step: int, metrics: Metrics, chosen: Settings) -> dict[str, Any]:
-    """One line of the log."""
+def _record(step: int, metrics: Metrics) -> dict[str, Any]:
+    """One line of the log. A mean over nothing is 0."""
     sums = jax.tree.map(np.asarray, metrics.sums)
     loads = list(sums.load.values())
     record = {
         "step": step,
         "loss": float(metrics.loss),
-        "next_token_loss": float(sums.nats / sums.counts.tokens),
-        "bits_per_byte": float(sums.nats / sums.text_bytes / math.log(2)),
+        "next_token_loss": float(sums.nats / max(sums.counts.tokens, 1)),
+        "bits_per_byte": float(sums.nats / max(sums.text_bytes, 1) / math.log(2)),
         "mtp_loss": float(sums.mtp_nats / max(sums.counts.mtp_tokens, 1)),
-        "balance_loss": float(sums.balance / sums.counts.rows),
+        "balance_loss": float(sums.balance / max(sums.counts.rows, 1)),
         "grad_norm": float(metrics.grad_norm),
         "learning_rate": float(metrics.learning_rate),
         "tokens": int(sums.counts.tokens),
     }
     if loads:
-        record["expert_load_max_over_mean"] = max(float(load.max() / load.mean()) for load in loads)
+        record["expert_load_max_over_mean"] = max(float(load.max() / max(load.mean(), 1e-9)) for load in loads)
         record["idle_experts"] = float(np.mean([(load == 0).mean() for load in loads]))
     return record
 
@@ -270,4 +277,5 @@ def export(run: Path, params: Any, config: Config, init: Path | None) -> None:
 
 
 if __name__ == "__main__":
+    silence_libraries()
     sys.exit(main())

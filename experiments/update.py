@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, PyTree, UInt32
+from jaxtyping import Array, Float, Int, PyTree
 
 from experiments import lora, objective
 from experiments.objective import Sums
@@ -27,13 +27,11 @@ class TrainState(NamedTuple):
 
     Attributes:
       step: steps done, which is also the position in the data.
-      key: the run's random key as raw numbers; it decides the order of the data.
       trained: what the optimizer changes, float32: the parameters, or the adapters of LoRA.
       optimizer: optax's state.
     """
 
     step: Int[Array, ""]
-    key: UInt32[Array, "2"]
     trained: PyTree
     optimizer: PyTree
 
@@ -45,6 +43,7 @@ class Metrics(NamedTuple):
       loss: what was minimised. sums: see `objective.Sums`.
       grad_norm: global norm before clipping. learning_rate: of this step.
       bad_gradient: for each trained leaf, whether its gradient has a value that is not finite.
+      bad_update: the same of the leaf itself, after the step.
     """
 
     loss: Float[Array, ""]
@@ -52,6 +51,7 @@ class Metrics(NamedTuple):
     grad_norm: Float[Array, ""]
     learning_rate: Float[Array, ""]
     bad_gradient: PyTree
+    bad_update: PyTree
 
 
 def schedule(settings: Settings) -> optax.Schedule:
@@ -101,7 +101,10 @@ def compute_copy(params: PyTree, config: Config) -> PyTree:
 
 
 def make_step(config: Config, settings: Settings, token_bytes: Array) -> Callable:
-    """`step(state, base, batch [A, B, T]) -> (state, metrics)`, to be jitted."""
+    """`step(state, base, batch [A, B, T]) -> (state, metrics)`, to be jitted.
+
+    Where the loss or the gradient's norm is not finite, what is trained stays as it was.
+    """
     optimizer, compute = make_optimizer(settings), config.replace(dtype=settings.compute_dtype)
 
     def loss(trained, base, part, whole):
@@ -120,11 +123,19 @@ def make_step(config: Config, settings: Settings, token_bytes: Array) -> Callabl
         trained = optax.apply_updates(state.trained, updates)
         if not settings.lora:
             trained = objective.balance_bias(trained, sums.load, settings.bias_rate)
-        bad = jax.tree.map(lambda g: ~jnp.isfinite(g).all(), grads)
-        metrics = Metrics(value, sums, optax.tree.norm(grads), schedule(settings)(state.step), bad)
-        return TrainState(state.step + 1, state.key, trained, optimizer_state), metrics
+        norm = optax.tree.norm(grads)
+        good = jnp.isfinite(value) & jnp.isfinite(norm)
+        trained = jax.tree.map(lambda new, old: jnp.where(good, new, old), trained, state.trained)
+        bad = lambda tree: jax.tree.map(lambda leaf: ~jnp.isfinite(leaf).all(), tree)
+        metrics = Metrics(value, sums, norm, schedule(settings)(state.step), bad(grads), bad(trained))
+        return TrainState(state.step + 1, trained, optimizer_state), metrics
 
     return step
+
+
+def bad_leaves(flags: PyTree) -> list[str]:
+    """Paths of the leaves that are flagged."""
+    return [path for path, is_bad in flatten(flags) if bool(is_bad)]
 
 
 def first_non_finite(params: PyTree, batch: Batch, metrics: Metrics, config: Config) -> str:
@@ -148,7 +159,7 @@ def first_non_finite(params: PyTree, batch: Batch, metrics: Metrics, config: Con
         return "norm_f or the head (every layer of the backbone is finite)"
     if not bool(jnp.isfinite(metrics.sums.mtp_nats)):
         return "mtp (the multi-token prediction block; everything before it is finite)"
-    bad = [path for path, is_bad in flatten(metrics.bad_gradient) if bool(is_bad)]
+    bad = bad_leaves(metrics.bad_gradient)
     if not bad:
         return "the gradient's norm, which overflows (every leaf is finite)"
     layers = [path for path in bad if path.startswith("layers_")]

@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from nemojax.errors import InputError
@@ -20,22 +20,28 @@ _OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory")
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code: 0 done, 1 checkpoints differ or a model does not fit, 2 bad input."""
     args = _parser().parse_args(argv)
+    return one_line(f"nemojax {args.command}", lambda: args.run(args))
+
+
+def one_line(name: str, run: Callable[[], int]) -> int:
+    """The exit code of `run`; what its user can mend is one line that begins with the name, and exit code 2."""
+    say = lambda message: print(f"{name}: {message}", file=sys.stderr)
     try:
-        return args.run(args)
+        return run()
     except InputError as error:
-        print(f"nemojax {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        say(" ".join(str(error).split()))
     except BrokenPipeError:
         raise
     except OSError as error:
-        print(f"nemojax {args.command}: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+        say(f"{error.filename or ''}: {error.strerror or error}")
     except MemoryError:
-        print(f"nemojax {args.command}: out of memory; {_LARGEST}", file=sys.stderr)
+        say(f"out of memory; {_LARGEST}")
     except RuntimeError as error:  # of jax, whose own class this module does not import
         if not any(words in str(error) for words in _OUT_OF_MEMORY):
             raise
-        print(f"nemojax {args.command}: the device is out of memory; {_LARGEST}", file=sys.stderr)
+        say(f"the device is out of memory; {_LARGEST}")
     except KeyboardInterrupt:
-        print(f"nemojax {args.command}: interrupted; nothing was left half done", file=sys.stderr)
+        say("interrupted; nothing was left half done")
         return 130
     return 2
 
@@ -150,7 +156,7 @@ def _plan(args: argparse.Namespace) -> int:
     return 0 if done.fits else 1
 
 
-def _silence_libraries() -> None:
+def silence_libraries() -> None:
     """Orbax and TensorStore report, with tracebacks, what they then raise; a user gets our one line."""
     logging.disable(logging.ERROR)
     sys.unraisablehook = lambda _: None  # threads that go on after a failed write, and find their event loop gone
@@ -160,7 +166,7 @@ def _silence_libraries() -> None:
 
 def run() -> None:
     """Entry point of the installed command."""
-    _silence_libraries()
+    silence_libraries()
     # Progress and results go to different streams. A closed pipe (`| head`) needs no message, but whoever asks for the
     # exit code must not read a verdict in it.
     try:

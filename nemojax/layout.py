@@ -77,7 +77,7 @@ def new_directory(target: Path, *, overwrite: bool, needed_bytes: int) -> Iterat
     target = Path(os.path.realpath(target))
     if target.is_symlink():
         raise InputError(f"{target}: is a link that leads back to itself; delete it, or choose another target")
-    _check_name(target)
+    check_name(target)
     _check_target(target, overwrite)
     partial = _beside(target, "partial")
     try:
@@ -97,15 +97,20 @@ def new_directory(target: Path, *, overwrite: bool, needed_bytes: int) -> Iterat
         raise InputError(f"{target}: cannot be written ({problem}); check permissions and free space") from None
     except InputError:
         raise
-    except Exception as error:  # Orbax raises many types with the system's text inside
-        if any(problem in str(error) for problem in _FULL):
-            raise InputError(
-                f"{target}: cannot be written, no space is left on the disk; make room and start again"
-            ) from None
+    except Exception as error:
+        say_if_full(target, error)
         raise
 
 
-def _check_name(target: Path) -> None:
+def say_if_full(target: Path, error: Exception) -> None:
+    """Raises an `InputError` if it is for lack of space: Orbax has many types, with the system's text inside."""
+    if any(problem in str(error) for problem in _FULL):
+        raise InputError(
+            f"{target}: cannot be written, no space is left on the disk; make room and start again"
+        ) from None
+
+
+def check_name(target: Path) -> None:
     """TensorStore takes a backslash for the end of a directory's name, and needs UTF-8."""
     if "\\" in str(target) or any("\udc80" <= letter <= "\udcff" for letter in str(target)):
         raise InputError(f"{str(target)!r}: Orbax cannot store under a name with a backslash or one that is not UTF-8")

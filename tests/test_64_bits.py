@@ -1,11 +1,15 @@
 """JAX's 64-bit mode, which research scripts switch on for their own sake, changes nothing here."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from layouts import DOCUMENTS
 from tiny import perturbed_params, tiny_config
 
+from experiments import update
+from experiments.packing import Batch
+from experiments.settings import Settings
 from nemojax import Nemotron, generate, init_cache, make_mesh
 from nemojax.sharding import param_shardings
 
@@ -36,6 +40,25 @@ def test_64_bit_mode_changes_nothing():
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert a.dtype == b.dtype
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * np.abs(b).max())
+
+
+def test_nor_in_training():
+    config, settings = tiny_config("E"), Settings(model={}, steps=4, warmup_steps=1, decay_steps=1)
+
+    @jax.jit
+    def step(params, batch):
+        state = update.TrainState(np.int32(0), params, update.make_optimizer(settings).init(params))
+        run = update.make_step(config, settings, jnp.ones(config.vocab_size, jnp.int32))
+        return run(state, None, batch)
+
+    batch = Batch(DOCUMENTS[None], np.ones_like(DOCUMENTS)[None])
+    expected, metrics = step(perturbed_params(config), batch)
+    with jax.enable_x64(True):
+        found, others = step(perturbed_params(config), batch)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == b.dtype
+    np.testing.assert_allclose(others.loss, metrics.loss, rtol=1e-6)
+    np.testing.assert_allclose(others.grad_norm, metrics.grad_norm, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dispatch", ["ring", "all_to_all"])

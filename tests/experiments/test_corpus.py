@@ -1,5 +1,6 @@
 """The corpus: parts that share nothing, a tokenizer that loses nothing, rows that lose nothing."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +79,24 @@ def test_own_files_all_count(tmp_path):
     parts = corpus.from_files(tmp_path.iterdir())
     assert sorted(Path(d.name).name for part in parts for d in part) == sorted(found)[:30]
     assert all(part == sorted(part) for part in parts)
+
+
+def test_own_files_are_split_alike_however_their_paths_are_written(tmp_path, monkeypatch):
+    for i in range(60):
+        (tmp_path / f"{i:02}.txt").write_text(f"question {i}")
+    held_out = lambda folder: [Path(d.name).name for d in corpus.from_files(Path(folder).iterdir()).held_out]
+    expected = held_out(tmp_path)
+    assert 0 < len(expected) < 60
+    for place, folder in ((tmp_path, "."), (tmp_path.parent, tmp_path.name)):
+        monkeypatch.chdir(place)
+        assert held_out(folder) == expected
+
+
+def test_a_name_that_is_not_utf_8_is_one(tmp_path):
+    for name in (b"a\xff.txt", b"b.txt"):
+        (tmp_path / os.fsdecode(name)).write_bytes(b"text")
+    parts = corpus.read_files(tmp_path.iterdir())
+    assert len(corpus.digest(parts)) == 64
 
 
 def test_the_same_text_in_both_parts_is_refused():

@@ -171,9 +171,7 @@ BASE = dict(
 def one_step(parts=1, **changes):
     settings = Settings(**BASE | changes)
     params = perturbed_params(CONFIG)
-    state = update.TrainState(
-        jnp.int32(5), jnp.zeros(2, jnp.uint32), params, update.make_optimizer(settings).init(params)
-    )
+    state = update.TrainState(jnp.int32(5), params, update.make_optimizer(settings).init(params))
     batch = Batch(*(a.reshape(parts, -1, a.shape[-1]) for a in rows4()))
     step = jax.jit(update.make_step(CONFIG, settings, TOKEN_BYTES))
     return step(state, None, batch)
@@ -244,9 +242,7 @@ def test_one_batch_can_be_learnt_by_heart():
         weight_decay=0.0,
     )
     params = init_params(config, jax.random.key(0))
-    state = update.TrainState(
-        jnp.int32(0), jnp.zeros(2, jnp.uint32), params, update.make_optimizer(settings).init(params)
-    )
+    state = update.TrainState(jnp.int32(0), params, update.make_optimizer(settings).init(params))
     # What follows a first token is only certain where no two documents begin alike.
     documents = [np.concatenate([[i + 1], d[1:]]).astype(np.int32) for i, d in enumerate(DOCUMENTS)]
     batch = Batch(*(a[None] for a in pack(documents, 24)))

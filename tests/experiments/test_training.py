@@ -1,7 +1,9 @@
 """Runs as a user makes them: finished, killed and resumed, broken, refused, with adapters."""
 
+import errno
 import functools
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -15,7 +17,7 @@ import pytest
 from processes import environment
 
 import nemojax
-from experiments import corpus, held_out, packing, run_directory, train
+from experiments import corpus, held_out, packing, run_directory, train, update
 from experiments.settings import Settings, read
 from nemojax.errors import InputError
 from nemojax.lock import alone
@@ -68,7 +70,7 @@ def weights(run):
 
 
 def last_state(run):
-    """Every leaf of the last checkpoint: parameters, optimizer, step, key."""
+    """Every leaf of the last checkpoint: parameters, optimizer, step."""
     settings = Settings(model=MODEL, **SHORT)
     checkpoints = run_directory.Checkpoints(run, settings.keep)
     try:
@@ -204,6 +206,11 @@ def test_adapters_train_and_come_out_as_a_checkpoint(whole_run, text, tmp_path, 
     assert (tmp_path / "run" / run_directory.MODEL / "chat_template.jinja").read_text() == "{{ messages }}"
     names = {"in_proj", "experts_up_proj", "experts_down_proj"}
     assert changed == {path for path, _ in flatten(before) if path.rsplit("/", 1)[-1] in names}
+    # With the same weights the checkpoint may still be another model, which would go on with this one's adapters.
+    written = json.loads((start_from / "config.json").read_text())
+    (start_from / "config.json").write_text(json.dumps(written | {"num_experts_per_tok": 1}))
+    with pytest.raises(InputError, match="holds a run with other settings .*init_sha256"):
+        train.train(tmp_path / "run", settings, init=start_from, text=text, show_progress=False)
 
 
 REFUSED = {
@@ -218,6 +225,13 @@ REFUSED = {
     "no steps": (["--set", "steps=0"], "steps must be at least 1, got 0"),
     "schedule too long": (["--set", "decay_steps=11"], "warmup_steps 2 and decay_steps 11 do not fit into 12 steps"),
     "rate": (["--set", "learning_rate=-1"], "learning_rate must be at least 0 and finite, got -1"),
+    "rate beyond numbers": (["--set", f"learning_rate=1{'0' * 400}"], "learning_rate must be at least 0 and finite"),
+    "a mean of one step": (["--set", "beta1=1"], "beta1 must be at least 0 and below 1, got 1"),
+    "no gradient": (["--set", "clip_norm=0"], "clip_norm 0 makes every gradient 0"),
+    "seed of 33 bits": (["--set", f"seed={2**32}"], "seed must be at least 0 and below 4294967296"),
+    "too many steps": (["--set", f"steps={2**31}"], "steps must be at least 0 and below 2147483648"),
+    "dtype of the model": (["--set", f"model={json.dumps(MODEL | {'dtype': 'float8'})}"], "dtype must be one of"),
+    "nesting": (["--set", "model=" + "[" * 100_000], "model must be an object of the configuration's fields"),
     "rate that is none": (["--set", "learning_rate=NaN"], "learning_rate must be at least 0 and finite, got nan"),
     "numbers in a list": (["--set", 'lora=["in_proj", 5]'], "lora must be a list of regular expressions, got"),
     "no object": (["--set", "model=5"], "model must be an object of the configuration's fields, got 5"),
@@ -239,18 +253,63 @@ def test_wrong_input_is_one_line_and_exit_code_2(options, message, text, tmp_pat
     assert code == 2 and error.startswith("error: ") and error.count("\n") == 1 and message in error, error
 
 
-@pytest.mark.parametrize("place, message", [("", "cannot be made"), ("settings.json", "cannot be read as JSON")])
-def test_a_directory_that_cannot_be_one(place, message, tmp_path):
+@pytest.mark.parametrize(
+    "place, content, message",
+    [
+        ("", "", "cannot be made"),
+        ("settings.json", "", "cannot be read as settings"),
+        ("settings.json", "[]", "cannot be read as settings"),
+    ],
+    ids=["file", "no JSON", "list"],
+)
+def test_a_directory_that_cannot_be_one(place, content, message, tmp_path):
     (tmp_path / "run" / place).parent.mkdir(exist_ok=True)
-    (tmp_path / "run" / place).write_text("")
+    (tmp_path / "run" / place).write_text(content)
     with pytest.raises(InputError, match=message):
         run_directory.prepare(tmp_path / "run", {})
 
 
+def test_a_directory_that_orbax_cannot_write_to_is_refused_at_once(tmp_path):
+    with pytest.raises(InputError, match="cannot store under a name with a backslash"):
+        run_directory.prepare(tmp_path / "a\\b", {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_said_in_a_line(tmp_path, monkeypatch):
+    checkpoints = run_directory.Checkpoints(tmp_path, 1)
+
+    def full(*_):
+        raise ValueError(f"many lines: {os.strerror(errno.ENOSPC)}")
+
+    monkeypatch.setattr(checkpoints._checkpointer, "save_async", full)
+    with pytest.raises(InputError, match="no space is left on the disk; make room and start again"):
+        checkpoints.save(1, {"a": np.zeros(3)})
+    checkpoints.close()
+
+
+def test_a_batch_without_a_label_is_logged_as_json(whole_run):
+    """Rows of documents of one token: every mean is one over nothing."""
+    settings = Settings(model=MODEL)
+    state = train.initial_state(settings.config, settings, None)
+    step = jax.jit(update.make_step(settings.config, settings, jax.numpy.ones(300, jax.numpy.int32)))
+    _, metrics = step(state, None, packing.Batch(*jax.numpy.array([[[[7] * 4]], [[[1, 2, 3, 4]]]])))
+    record = json.loads(json.dumps(train._record(1, metrics), allow_nan=False))
+    assert record["tokens"] == record["next_token_loss"] == record["bits_per_byte"] == record["mtp_loss"] == 0
+
+
+def test_lists_of_a_model_come_from_json():
+    config = Settings(model=MODEL | {"time_step_limit": [0.0, 1.0], "eos_token_id": [2, 11]}).config
+    assert (config.time_step_limit, config.eos_token_id) == ((0.0, 1.0), (2, 11))
+
+
 @pytest.mark.parametrize(
     "setting, message",
-    [("learning_rate=1e30", "after its update the held-out loss is"), ("mtp_scale=1e25", "gradient's norm, which")],
-    ids=["update", "norm"],
+    [
+        ("learning_rate=1e30", "after its update the held-out loss is"),
+        ("learning_rate=3.4e38", "its update makes "),
+        ("mtp_scale=1e25", "gradient's norm, which"),
+    ],
+    ids=["update", "parameters", "norm"],
 )
 def test_what_breaks_behind_the_loss_stops_the_run_too(setting, message, text, tmp_path, capsys):
     """An update that leaves numbers of no use, a norm that overflows where every gradient is finite."""
@@ -261,6 +320,7 @@ def test_what_breaks_behind_the_loss_stops_the_run_too(setting, message, text, t
     error = capsys.readouterr().err
     assert error.startswith("stopped: step 1: ") and error.count("\n") == 1 and message in error, error
     assert not (tmp_path / "run" / run_directory.MODEL).exists()
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
 def test_a_refused_run_does_not_take_the_directory(text, tmp_path):
@@ -313,6 +373,29 @@ def test_pieces_with_a_cache_measure_what_whole_documents_do(whole_run, text, mo
     np.testing.assert_allclose(result.nats, expected.nats, rtol=1e-5)
     np.testing.assert_array_equal(result.load["layers_01"], expected.load["layers_01"])
     assert 0 <= result.agreed <= result.foretold < result.tokens
+
+
+@pytest.mark.parametrize(
+    "fault, message", [("tokenizer", "the tokenizer has 301 ids, the model only 300"), ("weights", "are damaged")]
+)
+def test_what_cannot_be_measured_is_one_line(fault, message, whole_run, tmp_path, monkeypatch, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(whole_run / run_directory.MODEL, model)
+    documents = [corpus.Document(f"{i}", f"name{i} = value{i}") for i in range(2)]
+    monkeypatch.setattr(corpus, "standard_library", lambda: corpus.Corpus(documents[:1], documents[1:]))
+    if fault == "tokenizer":
+        tokenizer = corpus.Tokenizer.from_file(str(model / "tokenizer.json"))
+        assert corpus.ids(tokenizer) == 300 and tokenizer.add_tokens(["one more"])
+        tokenizer.save(str(model / "tokenizer.json"))
+    else:
+        (config, params) = nemojax.load(model)
+        params["norm_f"] = params["norm_f"] * np.nan
+        shutil.rmtree(model)
+        nemojax.save(model, config.config, params)
+        shutil.copy(whole_run / run_directory.MODEL / "tokenizer.json", model)
+    assert held_out.main([str(model)]) == 2
+    error = capsys.readouterr().err
+    assert error.splitlines()[-1].startswith("error: ") and message in error, error
 
 
 def test_a_file_of_the_training_part_is_refused(tmp_path):

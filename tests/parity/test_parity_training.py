@@ -96,8 +96,8 @@ def our_step(config):
 
 def our_curve(config, params, batches) -> Curve:
     """Documents packed into rows, in two parts whose gradients are added."""
-    key, optimizer = jax.random.key_data(jax.random.key(0)), update.make_optimizer(SETTINGS)
-    state, losses, norms = update.TrainState(jnp.int32(0), key, params, optimizer.init(params)), [], []
+    state = update.TrainState(jnp.int32(0), params, update.make_optimizer(SETTINGS).init(params))
+    losses, norms = [], []
     for batch in batches:
         rows = pack(batch, SETTINGS.tokens_per_row)
         parts = Batch(*(a.reshape(SETTINGS.accumulate, -1, SETTINGS.tokens_per_row) for a in rows))
