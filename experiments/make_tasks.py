@@ -13,6 +13,7 @@ Last result: 60, 16, 80 and 100 samples; see the README for the scores.
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
 import re
@@ -21,6 +22,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from experiments import corpus
+from nemojax.cli import one_line
 from nemojax.errors import InputError
 from nemojax.evaluation.tasks import SHIPPED
 
@@ -31,7 +33,14 @@ KEYWORD_LINES = 8
 KEYWORD = re.compile(r"\s*(assert|break|class|continue|def|elif|else|except|for|if|raise|return|while)\b")
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns 2 where the data cannot be made."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args(arguments)
+    return one_line("error", write)
+
+
+def write() -> int:
     """Writes every task's data."""
     texts = corpus.standard_library()
     if corpus.digest(texts.train) != json.loads(RECORD.read_text())["train_sha256"]:

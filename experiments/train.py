@@ -198,7 +198,8 @@ def _loop(run, state, base, stream, data, config, chosen, checkpoints, show_prog
                 compute = config.replace(dtype=chosen.compute_dtype)
                 where = update.first_non_finite(update.compute_copy(params, compute), batch, metrics, compute)
                 raise NotFinite(f"step {index + 1}: loss {record['loss']}, gradient {record['grad_norm']}, at {where}")
-            if bad := update.bad_leaves(metrics.bad_update):
+            if not metrics.finite:
+                bad = [path for path, leaf in flatten(state.trained) if not bool(jnp.isfinite(leaf).all())]
                 raise NotFinite(
                     f"step {index + 1}: its update makes {bad[0]} infinite or NaN ({len(bad)} leaves in all)"
                 )

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from experiments import lora, objective
 from experiments.objective import Sums
@@ -43,7 +43,7 @@ class Metrics(NamedTuple):
       loss: what was minimised. sums: see `objective.Sums`.
       grad_norm: global norm before clipping. learning_rate: of this step.
       bad_gradient: for each trained leaf, whether its gradient has a value that is not finite.
-      bad_update: the same of the leaf itself, after the step.
+      finite: whether all that is trained is, after the step.
     """
 
     loss: Float[Array, ""]
@@ -51,7 +51,7 @@ class Metrics(NamedTuple):
     grad_norm: Float[Array, ""]
     learning_rate: Float[Array, ""]
     bad_gradient: PyTree
-    bad_update: PyTree
+    finite: Bool[Array, ""]
 
 
 def schedule(settings: Settings) -> optax.Schedule:
@@ -126,16 +126,12 @@ def make_step(config: Config, settings: Settings, token_bytes: Array) -> Callabl
         norm = optax.tree.norm(grads)
         good = jnp.isfinite(value) & jnp.isfinite(norm)
         trained = jax.tree.map(lambda new, old: jnp.where(good, new, old), trained, state.trained)
-        bad = lambda tree: jax.tree.map(lambda leaf: ~jnp.isfinite(leaf).all(), tree)
-        metrics = Metrics(value, sums, norm, schedule(settings)(state.step), bad(grads), bad(trained))
+        bad = jax.tree.map(lambda g: ~jnp.isfinite(g).all(), grads)
+        finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(trained)]).all()
+        metrics = Metrics(value, sums, norm, schedule(settings)(state.step), bad, finite)
         return TrainState(state.step + 1, trained, optimizer_state), metrics
 
     return step
-
-
-def bad_leaves(flags: PyTree) -> list[str]:
-    """Paths of the leaves that are flagged."""
-    return [path for path, is_bad in flatten(flags) if bool(is_bad)]
 
 
 def first_non_finite(params: PyTree, batch: Batch, metrics: Metrics, config: Config) -> str:
@@ -159,7 +155,7 @@ def first_non_finite(params: PyTree, batch: Batch, metrics: Metrics, config: Con
         return "norm_f or the head (every layer of the backbone is finite)"
     if not bool(jnp.isfinite(metrics.sums.mtp_nats)):
         return "mtp (the multi-token prediction block; everything before it is finite)"
-    bad = bad_leaves(metrics.bad_gradient)
+    bad = [path for path, is_bad in flatten(metrics.bad_gradient) if bool(is_bad)]
     if not bad:
         return "the gradient's norm, which overflows (every leaf is finite)"
     layers = [path for path in bad if path.startswith("layers_")]

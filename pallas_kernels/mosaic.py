@@ -1,10 +1,12 @@
 """What the Hopper kernels share (Pallas, Mosaic GPU): work row by row in registers, and their launch.
 
-**Early launch** (CUDA: programmatic dependent launch). Every kernel may be launched while the one before it still runs:
-its thread blocks come to lie on multiprocessors that have become free, set up their barriers, and wait for the end of
-all that is earlier. What it costs to start a kernel then passes while the one before it ends. Before the wait a kernel
-writes nothing and reads nothing; it may bring memory into the L2. The wait ends when all earlier kernels have ended and
-what they wrote can be seen, however early they let this one start: so it is safe beside kernels of any origin.
+**Early launch** (CUDA: programmatic dependent launch). Every kernel may be launched while the one before it still runs,
+if that one lets it: its thread blocks come to lie on multiprocessors that have become free, set up their barriers, and
+wait for the end of all that is earlier. Before the wait a kernel writes nothing and reads nothing; it may bring memory
+into the L2. The wait ends when all earlier kernels have ended and what they wrote can be seen, however early they let
+this one start. None of ours lets the next one start before its own end: XLA launches its kernels so too, each with the
+wait as its first instruction, but loads them as constants (`ld.global.nc`), and such loads ptxas moves in front of the
+wait. They would read what is not written yet.
 """
 
 from __future__ import annotations
@@ -112,7 +114,7 @@ def softplus(a: Any) -> Any:
 
 
 def early(body: Callable, before: Callable = lambda *refs: None) -> Callable:
-    """The body of a kernel that is launched early, and lets the next one be. (The interpreter knows of neither.)
+    """The body of a kernel that may be launched early. (The interpreter does not know of it.)
 
     before: gets the same references before the wait, and may bring what they hold into the L2, no nearer.
     """
@@ -121,7 +123,6 @@ def early(body: Callable, before: Callable = lambda *refs: None) -> Callable:
     def waiting(*refs: Any) -> None:
         before(*refs)
         plgpu.griddepcontrol_wait()
-        plgpu.griddepcontrol_launch_dependents()
         body(*refs)
 
     return body if interpreted() else waiting

@@ -23,28 +23,21 @@ from nemojax.config import Config
 from nemojax.model import init_params
 
 REPEATS = 3
-EARLY = {"xla_gpu_enable_pdl_launch": True}  # XLA's kernels are launched as early as ours
 
 
 def rows(config: Config, tokens: int, batches: tuple[int, ...], peaks: Work) -> Iterator[dict[str, Any]]:
-    """Prefill of `tokens`, and decoding after as many for each number of rows; for the first also with `EARLY`."""
+    """Prefill of `tokens`, and decoding after as many for each number of rows."""
     params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     with ThreadPoolExecutor() as pool:
         prefill = pool.submit(_compile_prefill, config, params, tokens)
-        programs = {"": {}, ", XLA's kernels early": EARLY}
-        decode = {
-            (batch, name): pool.submit(_compile_decode, config, params, batch, tokens, options)
-            for batch in batches
-            for name, options in programs.items()
-            if batch == batches[0] or not options
-        }
+        decode = {batch: pool.submit(_compile_decode, config, params, batch, tokens) for batch in batches}
     began = time.perf_counter()
     params = jax.block_until_ready(_random(params))
     yield {"kind": "model", "case": "random weights", "seconds": time.perf_counter() - began, **_memory()}
     name = {"kind": "model", "case": f"prefill of {tokens:,} tokens"}
     yield attempt(name, lambda: _prefill(config, prefill.result(), params, tokens, peaks))
-    for (batch, variant), program in decode.items():
-        name = {"kind": "model", "case": f"decode at batch {batch}, context {tokens:,}{variant}"}
+    for batch, program in decode.items():
+        name = {"kind": "model", "case": f"decode at batch {batch}, context {tokens:,}"}
         run = lambda batch=batch, program=program: _decode(config, program.result(), params, batch, tokens, peaks)
         yield attempt(name, run)
 
@@ -104,7 +97,7 @@ def _prefill(config, program, params, tokens, peaks):
 FEW, MANY = 8, 40  # steps of a loop
 
 
-def _compile_decode(config, params, batch, context, compiler_options):
+def _compile_decode(config, params, batch, context):
     def loop(params, token, cache, count):
         def step(_, carry):
             token, cache = carry
@@ -116,7 +109,7 @@ def _compile_decode(config, params, batch, context, compiler_options):
 
     cache = jax.eval_shape(lambda: init_cache(config, batch, context + MANY))
     token, count = jax.ShapeDtypeStruct((batch,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
-    return compiled(loop, params, token, cache, count, donate_argnums=2, compiler_options=compiler_options)
+    return compiled(loop, params, token, cache, count, donate_argnums=2)
 
 
 def _decode(config, program, params, batch, context, peaks):

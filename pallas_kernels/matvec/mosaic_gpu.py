@@ -14,9 +14,9 @@ that two pairs (row, expert) chose is read by both, the second time out of L2. A
 matrix's rows, of a height at which the items fill all multiprocessors evenly. An item of `columns_dot` is 64 columns
 and a part of the sum over k and f; XLA adds the parts where it reads them.
 
-The kernel is launched early (`pallas_kernels/mosaic.py`). Before it waits for earlier kernels, each thread block asks
-for the first weights that it is sure to need, as many as its ring holds, into the L2: while experts are chosen, those
-of the shared one come. L2 and memory agree always, so weights that an earlier kernel still writes would be right too.
+The kernel may be launched early (`pallas_kernels/mosaic.py`). Before it waits for earlier kernels, each thread block
+asks for the first weights that it is sure to need, as many as its ring holds, into the L2. L2 and memory agree always,
+so weights that an earlier kernel still writes would be right too.
 
 **Roofline**, Nano, one token on an H100: the up projections of six experts and the shared one are 80 MB, 24 us, and so
 are the down projections; the input projection of a Mamba-2 layer is 55 MB, 17 us. What matters is bytes in flight: of
