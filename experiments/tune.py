@@ -23,7 +23,7 @@ import jax
 import nemojax
 from experiments.gpu_suite import cases
 from experiments.gpu_suite.cases import Case
-from experiments.gpu_suite.operations import Turns, peaks_of_card
+from experiments.gpu_suite.operations import Turns, peaks_of_card, reason
 from experiments.gpu_suite.timing import Program, device_seconds, in_turn
 from nemojax.config import Config
 from pallas_kernels.persistent import DEPTH
@@ -137,9 +137,15 @@ def _lowered(choice: Choice, turns: Turns, table: Table, pool: ThreadPoolExecuto
     """The programs of the rule and of each candidate, compiled in the pool."""
     inputs = [jax.eval_shape(choice.case.arrays, jax.random.key(0))] * turns.calls
     for more in ({}, *choice.candidates):
-        with using(merged(table, more)):
-            lowered = jax.jit(in_turn(choice.case.call("mosaic_gpu"))).lower(inputs)
-        yield pool.submit(lowered.compile)
+        try:
+            with using(merged(table, more)):
+                lowered = jax.jit(in_turn(choice.case.call("mosaic_gpu"))).lower(inputs)
+        except Exception as error:  # the others may be lowered
+            failed = Future()
+            failed.set_exception(error)
+            yield failed
+        else:
+            yield pool.submit(lowered.compile)
 
 
 def _seconds(programs: Sequence[Future], choice: Choice, turns: Turns) -> list[float | None]:
@@ -149,7 +155,7 @@ def _seconds(programs: Sequence[Future], choice: Choice, turns: Turns) -> list[f
         try:
             seconds.append(device_seconds(Program(program.result(), 0.0), sets).seconds)
         except Exception as error:  # too large, say: the others may run
-            print(f"{choice.case.name} {json.dumps(table)}: {str(error).splitlines()[0][:120]}", flush=True)
+            print(f"{choice.case.name} {json.dumps(table)}: {reason(error)}", flush=True)
             seconds.append(None)
             continue
         print(f"{choice.case.name} {json.dumps(table) if table else 'rule'}: {seconds[-1] * 1e6:,.1f} us", flush=True)

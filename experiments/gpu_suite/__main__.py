@@ -7,8 +7,8 @@ floor (bytes over bandwidth, operations over peak); then Nano 30B with random we
 jax with CUDA, flax, orbax, einops and jaxtyping, and no network.
 
 Each section runs in a process of its own with a share of the time: a kernel that hangs or breaks the GPU's context
-costs its section. Results so far are in the files at any moment. Exit status: 0, 1 if anything failed or is wrong, 2
-without a GPU. `--tiny` runs the same code in small on a CPU.
+costs its section. Results so far are in the files at any moment, those of a section that runs in one of its own. Exit
+status: 0, 1 if anything failed or is wrong, 2 without a GPU. `--tiny` runs the same code in small on a CPU.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -52,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     for section in args.sections:
         allowed = (end - time.monotonic()) * SECTIONS[section] / left
         left -= SECTIONS[section]
-        rows += _in_process(section, args.tiny, allowed)
+        rows += _in_process(section, args.tiny, allowed, args.output / f"{name}-{section}.jsonl")
         report.write(args.output / name, about, rows)
     problems = report.failures(rows)
     print(report.markdown(about, rows), f"\nwrote {args.output / name}.json and .md", sep="\n")
@@ -117,21 +116,20 @@ def _environment(tiny: bool, section: str | None = None) -> dict[str, str]:
     return os.environ | added
 
 
-def _in_process(section: str, tiny: bool, seconds: float) -> list[dict[str, Any]]:
-    """The rows of a section; what it was at when it was stopped or died is a row too."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "rows.jsonl"
-        path.touch()
-        command = [sys.executable, "-m", "experiments.gpu_suite", "--run", section, "--rows", str(path)]
-        problem = None
-        try:
-            code = subprocess.run(
-                command + ["--tiny"] * tiny, env=_environment(tiny, section), cwd=ROOT, timeout=max(1, seconds)
-            ).returncode
-            problem = f"the process died with status {code}" if code else None
-        except subprocess.TimeoutExpired:
-            problem = f"stopped after {seconds:.0f} s"
-        rows = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+def _in_process(section: str, tiny: bool, seconds: float, path: Path) -> list[dict[str, Any]]:
+    """The rows of a section, which are in the file while it runs; what it was at when it ended early is a row too."""
+    path.touch()
+    command = [sys.executable, "-m", "experiments.gpu_suite", "--run", section, "--rows", str(path.resolve())]
+    problem = None
+    try:
+        code = subprocess.run(
+            command + ["--tiny"] * tiny, env=_environment(tiny, section), cwd=ROOT, timeout=max(1, seconds)
+        ).returncode
+        problem = f"the process died with status {code}" if code else None
+    except subprocess.TimeoutExpired:
+        problem = f"stopped after {seconds:.0f} s"
+    rows = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+    path.unlink()
     if problem:
         after = f" after {rows[-1]['case']}, {rows[-1].get('implementation', '')}" if rows else ""
         rows.append({"kind": "section", "case": section, "failed": (problem + after).rstrip(", ")})

@@ -40,7 +40,7 @@ def check(case: Case, pool: Executor) -> Iterator[dict[str, Any]]:
         try:
             (arrays, wanted), limit = reference(), 2 * ROUNDING
         except Exception as error:  # as in `attempt`
-            yield {"kind": "check", "case": case.name, "implementation": "float32", "failed": _reason(error)}
+            yield {"kind": "check", "case": case.name, "implementation": "float32", "failed": reason(error)}
             return
         for name in names:
             row = {"kind": "check", "case": case.name, "implementation": name}
@@ -121,7 +121,7 @@ def speed(case: Case, peaks: Work, pool: Executor) -> Iterator[dict[str, Any]]:
         try:
             sets = turns.inputs(case)
         except Exception as error:  # as in `attempt`
-            yield {"kind": "speed", "case": case.name, "implementation": "inputs", "failed": _reason(error)}
+            yield {"kind": "speed", "case": case.name, "implementation": "inputs", "failed": reason(error)}
             return
         for name, program in programs.items():
 
@@ -144,8 +144,9 @@ def attempt(row: dict[str, Any], run: Callable[[], dict[str, Any]]) -> dict[str,
     try:
         return row | run()
     except Exception as error:  # the next one may work
-        return row | {"failed": _reason(error)}
+        return row | {"failed": reason(error)}
 
 
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+def reason(error: Exception) -> str:
+    """The kind of error and the first line of its message, which may be empty."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"

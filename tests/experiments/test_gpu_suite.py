@@ -172,8 +172,9 @@ def _once(arrays):
     return make
 
 
-def test_a_section_that_takes_too_long_is_stopped():
-    (*_, row) = suite._in_process("experts", True, 1.0)
+def test_a_section_that_takes_too_long_is_stopped(tmp_path):
+    (*_, row) = suite._in_process("experts", True, 1.0, tmp_path / "rows.jsonl")
+    assert not list(tmp_path.iterdir())
     assert row["case"] == "experts" and row["failed"].startswith("stopped after 1 s")
 
 
