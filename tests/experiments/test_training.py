@@ -1,9 +1,7 @@
 """Runs as a user makes them: finished, killed and resumed, broken, refused, with adapters."""
 
-import errno
 import functools
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -253,40 +251,6 @@ def test_wrong_input_is_one_line_and_exit_code_2(options, message, text, tmp_pat
     assert code == 2 and error.startswith("error: ") and error.count("\n") == 1 and message in error, error
 
 
-@pytest.mark.parametrize(
-    "place, content, message",
-    [
-        ("", "", "cannot be made"),
-        ("settings.json", "", "cannot be read as settings"),
-        ("settings.json", "[]", "cannot be read as settings"),
-    ],
-    ids=["file", "no JSON", "list"],
-)
-def test_a_directory_that_cannot_be_one(place, content, message, tmp_path):
-    (tmp_path / "run" / place).parent.mkdir(exist_ok=True)
-    (tmp_path / "run" / place).write_text(content)
-    with pytest.raises(InputError, match=message):
-        run_directory.prepare(tmp_path / "run", {})
-
-
-def test_a_directory_that_orbax_cannot_write_to_is_refused_at_once(tmp_path):
-    with pytest.raises(InputError, match="cannot store under a name with a backslash"):
-        run_directory.prepare(tmp_path / "a\\b", {})
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_full_disk_is_said_in_a_line(tmp_path, monkeypatch):
-    checkpoints = run_directory.Checkpoints(tmp_path, 1)
-
-    def full(*_):
-        raise ValueError(f"many lines: {os.strerror(errno.ENOSPC)}")
-
-    monkeypatch.setattr(checkpoints._checkpointer, "save_async", full)
-    with pytest.raises(InputError, match="no space is left on the disk; make room and start again"):
-        checkpoints.save(1, {"a": np.zeros(3)})
-    checkpoints.close()
-
-
 def test_a_batch_without_a_label_is_logged_as_json(whole_run):
     """Rows of documents of one token: every mean is one over nothing."""
     settings = Settings(model=MODEL)
@@ -327,14 +291,6 @@ def test_a_refused_run_does_not_take_the_directory(text, tmp_path):
     settings = [f"--set={name}={json.dumps(value)}" for name, value in (SHORT | {"model": MODEL}).items()]
     code = train.main([str(tmp_path / "run"), "--text", *map(str, text), *settings, "--set", "rows_per_step=4000"])
     assert code == 2 and not (tmp_path / "run").exists()
-
-
-def test_a_kill_while_the_directory_is_made_does_no_harm(tmp_path):
-    (tmp_path / "settings.partial").write_text('{"see')
-    run_directory.prepare(tmp_path, {"seed": 1})
-    run_directory.prepare(tmp_path, {"seed": 1})
-    with pytest.raises(InputError, match="seed 1, now 2"):
-        run_directory.prepare(tmp_path, {"seed": 2})
 
 
 def test_another_run_in_the_directory_is_refused(whole_run, text, tmp_path):
