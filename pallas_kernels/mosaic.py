@@ -5,8 +5,8 @@ if that one lets it: its thread blocks come to lie on multiprocessors that have 
 wait for the end of all that is earlier. Before the wait a kernel writes nothing and reads nothing; it may bring memory
 into the L2. The wait ends when all earlier kernels have ended and what they wrote can be seen, however early they let
 this one start. None of ours lets the next one start before its own end: XLA launches its kernels so too, each with the
-wait as its first instruction, but loads them as constants (`ld.global.nc`), and such loads ptxas moves in front of the
-wait. They would read what is not written yet.
+wait as its first instruction, but they load their inputs as constants (`ld.global.nc`), and ptxas may move such a load
+in front of the wait, where it would read what is not written yet.
 """
 
 from __future__ import annotations
