@@ -103,7 +103,7 @@ def prepare(run: Path, description: dict[str, Any]) -> None:
       InputError: it holds a run with another description; names what differs.
     """
     path = run / SETTINGS
-    check_name(run)
+    check_name(run.resolve())
     description = json.loads(json.dumps(description))  # as it comes back from the file
     try:
         run.mkdir(parents=True, exist_ok=True)

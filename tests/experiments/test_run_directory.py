@@ -2,6 +2,7 @@
 
 import errno
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,10 +27,13 @@ def test_a_directory_that_cannot_be_one(place, content, message, tmp_path):
         run_directory.prepare(tmp_path / "run", {})
 
 
-def test_a_directory_that_orbax_cannot_write_to_is_refused_at_once(tmp_path):
+@pytest.mark.parametrize("run", ["", "run"], ids=["itself", "inside"])
+def test_a_directory_that_orbax_cannot_write_to_is_refused_at_once(run, tmp_path, monkeypatch):
+    (tmp_path / "a\\b").mkdir()
+    monkeypatch.chdir(tmp_path / "a\\b")
     with pytest.raises(InputError, match="cannot store under a name with a backslash"):
-        run_directory.prepare(tmp_path / "a\\b", {})
-    assert not list(tmp_path.iterdir())
+        run_directory.prepare(Path(run), {})
+    assert not list(Path().iterdir())
 
 
 def test_a_full_disk_is_said_in_a_line(tmp_path, monkeypatch):
