@@ -1,6 +1,7 @@
 """One command for everything that only a GPU can tell.
 
-    python -m experiments.gpu_suite [--sections ssd,attention] [--minutes 8] [--output experiments/results]
+    python -m experiments.gpu_suite [--sections ssd,attention] [--implementations mosaic_gpu,cudnn] [--minutes 8]
+        [--output experiments/results]
 
 Each kernel is compared with float32 at model shapes, then timed beside every alternative on the machine and beside the
 floor (bytes over bandwidth, operations over peak); then Nano 30B with random weights: prefill, decoding, memory. Needs
@@ -24,6 +25,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from experiments.gpu_suite import operations, report, sections
+from experiments.gpu_suite.cases import IMPLEMENTATIONS
+
 # Shares of the time; a section may also take what those before it have left.
 SECTIONS = {"ssd": 0.17, "attention": 0.17, "experts": 0.17, "token": 0.12, "torch": 0.05, "model": 0.32}
 ROOT = Path(__file__).parents[2]
@@ -38,20 +42,18 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command."""
     args = _arguments(argv)
     if args.run:
-        return _run_section(args.run, args.tiny, Path(args.rows))
+        return _run_section(args)
     about = _about(args.tiny)
     if about is None:
         print("gpu_suite: JAX finds no NVIDIA GPU; --tiny runs the code in small on a CPU", file=sys.stderr)
         return 2
-    from experiments.gpu_suite import report
-
     name = _free(args.output, "-".join([about["date"], about["card"].replace(" ", "_"), about["commit"]]))
     rows, end = [], time.monotonic() + 60 * args.minutes
     left = sum(SECTIONS[section] for section in args.sections)
     for section in args.sections:
         allowed = (end - time.monotonic()) * SECTIONS[section] / left
         left -= SECTIONS[section]
-        rows += _in_process(section, args.tiny, allowed, args.output / f"{name}-{section}.jsonl")
+        rows += _in_process(section, args, allowed, args.output / f"{name}-{section}.jsonl")
         report.write(args.output / name, about, rows)
     problems = report.failures(rows)
     print(report.markdown(about, rows), f"\nwrote {args.output / name}.json and .md", sep="\n")
@@ -61,15 +63,18 @@ def main(argv: list[str] | None = None) -> int:
 def _arguments(argv):
     parser = argparse.ArgumentParser(prog="python -m experiments.gpu_suite", description=__doc__.splitlines()[0])
     parser.add_argument("--sections", default=",".join(SECTIONS), help="by commas (default: %(default)s)")
+    parser.add_argument("--implementations", help="of operations to time, by commas (default: all of them)")
     parser.add_argument("--minutes", type=float, default=7.5, help="for everything (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=ROOT / "experiments/results", help="default: %(default)s")
     parser.add_argument("--tiny", action="store_true", help="small shapes on a CPU: for tests")
     parser.add_argument("--run", choices=SECTIONS, help=argparse.SUPPRESS)
-    parser.add_argument("--rows", help=argparse.SUPPRESS)
+    parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     args.sections = args.sections.split(",")
-    if unknown := set(args.sections) - set(SECTIONS):
-        parser.error(f"unknown section {', '.join(sorted(unknown))}; known: {', '.join(SECTIONS)}")
+    timed = args.implementations.split(",") if args.implementations else []
+    for what, names, known in (("section", args.sections, SECTIONS), ("implementation", timed, IMPLEMENTATIONS)):
+        if unknown := set(names) - set(known):
+            parser.error(f"unknown {what} {', '.join(sorted(unknown))}; known: {', '.join(known)}")
     try:
         args.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -91,12 +96,15 @@ def _about(tiny: bool) -> dict[str, str] | None:
     version, platform, card = done.stdout.strip().splitlines()[-1].split("|")
     if not tiny and "NVIDIA" not in card:
         return None
+    whose, peaks = operations.peaks(card)
+    floors = f"{peaks.nbytes / 1e12:.2f} TB/s and {peaks.flops / 1e12:,.0f} TFLOP/s"
     return {
         "card": card,
         "date": datetime.date.today().isoformat(),
         "commit": _commit() or "unknown",
         "jax": version,
         "platform": platform,
+        "floors": floors + (f", an {whose}'s: this card is not known" if whose != card else ""),
     }
 
 
@@ -116,15 +124,15 @@ def _environment(tiny: bool, section: str | None = None) -> dict[str, str]:
     return os.environ | added
 
 
-def _in_process(section: str, tiny: bool, seconds: float, path: Path) -> list[dict[str, Any]]:
+def _in_process(section: str, args: argparse.Namespace, seconds: float, path: Path) -> list[dict[str, Any]]:
     """The rows of a section, which are in the file while it runs; what it was at when it ended early is a row too."""
     path.touch()
     command = [sys.executable, "-m", "experiments.gpu_suite", "--run", section, "--rows", str(path.resolve())]
-    problem = None
+    command += ["--minutes", str(seconds / 60)] + ["--tiny"] * args.tiny
+    command += ["--implementations", args.implementations] if args.implementations else []
+    environment, problem = _environment(args.tiny, section), None
     try:
-        code = subprocess.run(
-            command + ["--tiny"] * tiny, env=_environment(tiny, section), cwd=ROOT, timeout=max(1, seconds)
-        ).returncode
+        code = subprocess.run(command, env=environment, cwd=ROOT, timeout=max(1, seconds)).returncode
         problem = f"the process died with status {code}" if code else None
     except subprocess.TimeoutExpired:
         problem = f"stopped after {seconds:.0f} s"
@@ -136,13 +144,12 @@ def _in_process(section: str, tiny: bool, seconds: float, path: Path) -> list[di
     return rows
 
 
-def _run_section(section: str, tiny: bool, path: Path) -> int:
-    from experiments.gpu_suite.sections import rows
-
-    with path.open("a", encoding="utf-8", buffering=1) as out:
-        for row in rows(section, tiny):
+def _run_section(args: argparse.Namespace) -> int:
+    timed = args.implementations.split(",") if args.implementations else None
+    with args.rows.open("a", encoding="utf-8", buffering=1) as out:
+        for row in sections.rows(args.run, args.tiny, 60 * args.minutes, timed):
             out.write(json.dumps(row) + "\n")
-            print(section, {k: v for k, v in row.items() if k != "kind"}, flush=True)
+            print(args.run, {k: v for k, v in row.items() if k != "kind"}, flush=True)
     return 0
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments import rooflines
+from nemojax import forward
+from nemojax.cache import init_cache
 from nemojax.config import Config
 from nemojax.layers.moe import choice_rule
+from nemojax.model import init_params
 from pallas_kernels.causal_conv1d import causal_conv1d
 from pallas_kernels.expert_mlp import expert_mlp, gather_rows, token_mlp
 from pallas_kernels.flash_attention import flash_attention
@@ -59,6 +63,10 @@ class Case(NamedTuple):
 
         return lambda *arrays: jax.grad(loss)(arrays[: self.count], arrays[self.count :])
 
+    def only(self, names: Sequence[str]) -> Case:
+        """With those of its implementations that are among `names`."""
+        return self._replace(implementations=tuple(name for name in self.implementations if name in names))
+
     @property
     def least(self) -> Work:
         """The work of what `call` gives."""
@@ -67,6 +75,7 @@ class Case(NamedTuple):
 
 
 FAST = ("mosaic_gpu", "xla")
+IMPLEMENTATIONS = (*FAST, "cudnn")
 
 
 def _normal(key: jax.Array, *shape: int, scale: float = 1.0, dtype: Any = jnp.bfloat16) -> jax.Array:
@@ -174,12 +183,13 @@ def attention_case(
         return tuple(_normal(key, *shape) for key, shape in zip(k, shapes, strict=True))
 
     run = lambda implementation, q, k, v: flash_attention(q, k, v, implementation=implementation, **options)
-    pairs = batch * tokens * (size - (tokens - 1) / 2)
+    lengths = np.bincount(np.asarray(_documents(1, tokens))[0])[1:] if packed else np.array([tokens])
+    pairs = batch * (lengths * (size if slots else lengths) - lengths * (lengths - 1) / 2).sum()
     nbytes = 2 * batch * (2 * tokens * heads + 2 * size * groups) * width
     work = Work(nbytes, 4 * pairs * heads * width)
     name = f"attention {batch} x {tokens:,}" + (f" on {slots:,} slots" if slots else "")
     name += (" packed" if packed else "") + (" gradient" if gradient else "")
-    implementations = FAST if options else (*FAST, "cudnn")
+    implementations = FAST if options else IMPLEMENTATIONS
     return Case(name, arrays, 3, run, implementations, work, 3.5 if gradient else None)
 
 
@@ -299,3 +309,26 @@ def conv_case(config: Config, batch: int, tokens: int, *, packed: bool = False, 
     work = Work(2 * 2 * elements, 2 * taps * elements)
     name = f"convolution {batch} x {tokens:,}" + (" packed" if packed else "") + (" gradient" if gradient else "")
     return Case(name, arrays, 4 if packed else 3, run, FAST, work, 1.5 if gradient else None)
+
+
+def model_case(config: Config, tokens: int) -> Case:
+    """A layer of each kind at the model's widths, in its order: logits of the last token of a prefill and of one more,
+    and the state after both."""
+    config = config.replace(pattern="ME*M")
+
+    def arrays(key):
+        params, ids = jax.random.split(key)
+        ids = jax.random.randint(ids, (1, tokens + 1), 1, config.vocab_size, jnp.int32)
+        return jax.jit(lambda key: init_params(config, key))(params), ids
+
+    def run(implementation, params, ids):
+        exact = config.replace(dtype=params["embed"].dtype.name)  # the comparison is with float32
+        cache, logits = init_cache(exact, 1, tokens + 1), []
+        for call in (ids[:, :tokens], ids[:, tokens:]):
+            after = forward.backbone(params, call, None, cache, config=exact, implementation=implementation)
+            logits.append(forward.head(params, after.hidden[:, -1:], exact, implementation=implementation))
+            cache = after.cache
+        return (*logits, cache.layers)
+
+    work = Work(rooflines.weight_bytes(config, tokens), rooflines.prefill_flops(config, tokens))
+    return Case(f"layers {config.pattern}, {tokens:,} tokens and one", arrays, 1, run, FAST, work)

@@ -6,15 +6,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor
-from typing import Any, NamedTuple
+from concurrent.futures import CancelledError, Executor
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from experiments.gpu_suite import breakdown
 from experiments.gpu_suite.cases import Case, Work
-from experiments.gpu_suite.timing import calls_of_program, compiled, count_of_sets, device_seconds, in_turn
+from experiments.gpu_suite.timing import (
+    Program,
+    Turns,
+    compiled,
+    count_of_rounds,
+    count_of_sets,
+    device_seconds,
+    empty,
+)
 from experiments.rooflines import PEAK_FLOPS
 from nemojax.gpu_targets import GPUS
 
@@ -28,13 +36,12 @@ def check(case: Case, pool: Executor) -> Iterator[dict[str, Any]]:
     """
     names = sorted(case.implementations, key=lambda name: name != "xla")
     inputs = jax.eval_shape(case.arrays, jax.random.key(1))
-    exact = pool.submit(_compiled_exactly, case.call("xla"), *_in_float32(inputs))
+    exact = pool.submit(_compiled_exactly, case.call("xla"), *jax.eval_shape(_in_float32, inputs))
     programs = {name: pool.submit(compiled, case.call(name), *inputs) for name in names}
 
     def reference():
         arrays = case.arrays(jax.random.key(1))
-        inputs = jax.tree.map(lambda a: a.astype(jnp.float32), arrays)
-        return arrays, jax.block_until_ready(exact.result().run(*inputs))
+        return arrays, jax.block_until_ready(exact.result().run(*_in_float32(arrays)))
 
     def rows():
         try:
@@ -53,7 +60,7 @@ def check(case: Case, pool: Executor) -> Iterator[dict[str, Any]]:
 
 
 def _in_float32(inputs):
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.float32), inputs)
+    return jax.tree.map(lambda a: a.astype(jnp.float32) if jnp.issubdtype(a.dtype, jnp.floating) else a, inputs)
 
 
 def _compiled_exactly(*arguments):
@@ -62,10 +69,14 @@ def _compiled_exactly(*arguments):
 
 
 def _error(program, arrays, wanted, limit):
-    actual = program.run(*arrays)
-    errors = [float(_distance(a, w)) for a, w in zip(*map(jax.tree.leaves, (actual, wanted)), strict=True)]
-    worst = max(errors) if all(e == e for e in errors) else float("nan")
-    return {"error": worst, "limit": limit, "output": errors.index(max(errors)), "ok": worst <= limit}
+    found = errors(program.run(*arrays), wanted)
+    worst = max(found) if all(e == e for e in found) else float("nan")
+    return {"error": worst, "limit": limit, "output": found.index(max(found)), "ok": worst <= limit}
+
+
+def errors(actual: Any, wanted: Any) -> list[float]:
+    """Of each array of a tree, beside its size (2-norm)."""
+    return [float(_distance(a, w)) for a, w in zip(*map(jax.tree.leaves, (actual, wanted)), strict=True)]
 
 
 @jax.jit
@@ -76,67 +87,62 @@ def _distance(actual, expected):
     return jnp.linalg.norm(difference.ravel()) / jnp.maximum(size, 1e-30)
 
 
-class Turns(NamedTuple):
-    """How an operation is timed.
-
-    Attributes:
-      floor: seconds that a call takes at least.
-      sets: of inputs, too many for the cache. calls: of a program, which goes through the sets in turn.
-    """
-
-    floor: float
-    sets: int
-    calls: int
-
-    @classmethod
-    def of(cls, case: Case, peaks: Work) -> Turns:
-        """See above; peaks: bytes and operations a second of the card."""
-        floor = max(case.least.nbytes / peaks.nbytes, case.least.flops / peaks.flops)
-        inputs = jax.eval_shape(case.arrays, jax.random.key(0))
-        sets = count_of_sets(sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(inputs)), floor)
-        return cls(floor, sets, calls_of_program(sets, floor))
-
-    def inputs(self, case: Case) -> list[Any]:
-        """Those of each call."""
-        sets = [case.arrays(key) for key in jax.random.split(jax.random.key(2), self.sets)]
-        return [sets[i % self.sets] for i in range(self.calls)]
+def peaks(kind: str) -> tuple[str, Work]:
+    """Bytes and operations a second of the GPU that JAX calls `kind`, those of an H100 for others; whose they are."""
+    card = next((gpu for gpu in GPUS.values() if gpu.kind == kind), GPUS["h100"])
+    return card.kind, Work(card.bandwidth, PEAK_FLOPS)
 
 
 def peaks_of_card() -> Work:
-    """Bytes and operations a second of the GPU at hand; those of an H100 where it is another one."""
-    kind = jax.devices()[0].device_kind
-    card = next((gpu for gpu in GPUS.values() if gpu.kind == kind), GPUS["h100"])
-    return Work(card.bandwidth, PEAK_FLOPS)
+    """Of the GPU at hand."""
+    return peaks(jax.devices()[0].device_kind)[1]
+
+
+def least_seconds(case: Case, peaks: Work) -> float:
+    """What a call takes at the least. peaks: bytes and operations a second of the card."""
+    return max(case.least.nbytes / peaks.nbytes, case.least.flops / peaks.flops)
+
+
+def turns_of(case: Case, implementation: str, peaks: Work) -> Turns:
+    """How a case is timed."""
+    inputs = jax.eval_shape(case.arrays, jax.random.key(0))
+    sets = count_of_sets(sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(inputs)))
+    rounds = count_of_rounds(sets, least_seconds(case, peaks))
+    return Turns(case.call(implementation), [inputs] * sets, rounds)
+
+
+def inputs_of(case: Case, sets: int) -> list[tuple]:
+    """So many sets of inputs."""
+    return [case.arrays(key) for key in jax.random.split(jax.random.key(2), sets)]
 
 
 def speed(case: Case, peaks: Work, pool: Executor) -> Iterator[dict[str, Any]]:
     """Device time of each implementation, and of its kernels. peaks: bytes and operations a second of the card."""
-    inputs, turns = jax.eval_shape(case.arrays, jax.random.key(0)), Turns.of(case, peaks)
-    floor, calls = turns.floor, turns.calls
-    programs = {
-        name: pool.submit(compiled, in_turn(case.call(name)), [inputs] * calls) for name in case.implementations
-    }
+    turns = {name: turns_of(case, name, peaks) for name in case.implementations}
+    programs = {name: pool.submit(own.compiled) for name, own in turns.items()}
+    floor = least_seconds(case, peaks)
 
     def rows():
         try:
-            sets = turns.inputs(case)
+            sets = inputs_of(case, max(len(own.sets) for own in turns.values()))
         except Exception as error:  # as in `attempt`
             yield {"kind": "speed", "case": case.name, "implementation": "inputs", "failed": reason(error)}
             return
-        for name, program in programs.items():
-
-            def timing(program=program):
-                measured = device_seconds(program.result(), sets)
-                return {
-                    "kernels": breakdown.kernels(program.result().run, sets, calls=calls),
-                    "seconds": measured.seconds,
-                    "compile_seconds": measured.compile_seconds,
-                    "floor_seconds": floor,
-                }
-
-            yield attempt({"kind": "speed", "case": case.name, "implementation": name}, timing)
+        for name, own in turns.items():
+            row = {"kind": "speed", "case": case.name, "implementation": name}
+            yield attempt(row, lambda name=name, own=own: _timed(own, programs[name].result(), sets, floor))
 
     return rows()
+
+
+def _timed(turns: Turns, program: Program, sets: list[tuple], floor: float) -> dict[str, Any]:
+    seconds = device_seconds(turns, program.run, sets)
+    return {
+        "kernels": breakdown.kernels(program.run, sets, empty(turns.results()), calls=turns.calls),
+        "seconds": seconds,
+        "compile_seconds": program.compile_seconds,
+        "floor_seconds": floor,
+    }
 
 
 def attempt(row: dict[str, Any], run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -149,4 +155,6 @@ def attempt(row: dict[str, Any], run: Callable[[], dict[str, Any]]) -> dict[str,
 
 def reason(error: Exception) -> str:
     """The kind of error and the first line of its message, which may be empty."""
+    if isinstance(error, CancelledError):
+        return "no time was left to compile it"
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -32,8 +34,18 @@ TINY = Config(
 )
 
 
-def rows(section: str, tiny: bool) -> Iterator[dict[str, Any]]:
-    """The results of a section, one by one. `tiny`: small shapes, and what a CPU can run."""
+# Of a section's time: what is not compiled by then is left out, so that there is time to run what is.
+COMPILING = 0.6
+
+
+def rows(section: str, tiny: bool, seconds: float, timed: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
+    """The results of a section, one by one.
+
+    Args:
+      tiny: small shapes, and what a CPU can run.
+      seconds: for all of it. timed: implementations of operations to time; None for all.
+    """
+    began = time.monotonic()
     if tiny:
         models, tokens, context, batches = {"nano": TINY}, 256, 512, (1, 4)
     else:
@@ -43,16 +55,19 @@ def rows(section: str, tiny: bool) -> Iterator[dict[str, Any]]:
     if section == "torch":
         yield from peers.rows(models["nano"], tokens)
         return
-    if section == "model":
-        yield from whole.rows(models["nano"], tokens, batches, peaks)
-        return
-    possible = lambda case: case._replace(implementations=("xla",)) if tiny else case
     checks, speeds = operation_cases(models, tokens, context)[section]
+    possible = ("xla",) if tiny else cases.IMPLEMENTATIONS
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        runs = [operations.check(possible(case), pool) for case in checks]
-        runs += [operations.speed(possible(case), peaks, pool) for case in speeds]
+        runs = [operations.check(case.only(possible), pool) for case in checks]
+        runs += [operations.speed(case.only(timed or possible), peaks, pool) for case in speeds]
+        if section == "model":
+            runs.append(whole.rows(models["nano"], tokens, batches, peaks, pool))
+        left = began + COMPILING * seconds - time.monotonic()
+        late = threading.Timer(left, pool.shutdown, kwargs={"wait": False, "cancel_futures": True})
+        late.start()
         # Nothing runs while programs are compiled: neither what is timed here nor what the compiler itself times.
         pool.shutdown(wait=True)
+        late.cancel()
         for run in runs:
             yield from run
 
@@ -76,6 +91,7 @@ def operation_cases(model: dict[str, Config], tokens: int, context: int) -> dict
         "attention": _attention(nano, tokens, context),
         "experts": _experts(nano, latent, tokens),
         "token": _token(nano, wide),
+        "model": ([cases.model_case(nano, tokens // 4)], []),
     }
 
 

@@ -1,8 +1,9 @@
 """Device time of an operation.
 
-A program calls it on several sets of inputs, larger together than the L2, one call after the other. The program is put
-into the queue once, and then a few more times; the difference in time, divided by the calls that were added, is what a
-call takes on the device: dispatch, transfers and the wait at the end are in both. Compilation is apart.
+A program calls it on several sets of inputs, larger together than the L2, one call after the other, and goes through
+the sets until the device has more to do than the host. The program is put into the queue once, and then a few more
+times; the difference in time, divided by the calls that were added, is what a call takes on the device: dispatch,
+transfers and the wait at the end are in both. Compilation is apart.
 """
 
 from __future__ import annotations
@@ -14,25 +15,20 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 CACHE = 50e6  # bytes of the L2 of an H100 or H200
-MOST = 4e9  # bytes of inputs
+MOST = 6e9  # bytes of inputs
 REPEATS = 5
-CALLS = 8  # of a program, at the most: each is compiled
+SETS = 8  # at the most: for each there is a call to compile
 QUEUE = 5e-4  # seconds of work that a program should bring, several times what starting it takes the host
+QUICKEST = 2e-6  # seconds of a call, whatever it does
 
 
 class Program(NamedTuple):
     """A compiled function, and the seconds that compiling took."""
 
     run: Callable
-    compile_seconds: float
-
-
-class Timing(NamedTuple):
-    """Seconds: of one call (median), and of compiling the program of several."""
-
-    seconds: float
     compile_seconds: float
 
 
@@ -43,51 +39,79 @@ def compiled(function: Callable, *inputs: Any, **options: Any) -> Program:
     return Program(program, time.perf_counter() - began)
 
 
-def count_of_sets(nbytes: int, expected: float) -> int:
+def count_of_sets(nbytes: float) -> int:
     """How many sets of inputs: too many for the cache, and no more than the memory should hold."""
-    sets = max(2 * CACHE / max(nbytes, 1), QUEUE / max(expected, 1e-6), 2)
-    return int(max(1, min(sets, CALLS, MOST // max(nbytes, 1))))
+    sets = max(2 * CACHE / max(nbytes, 1), 2)
+    return int(max(1, min(sets, SETS, MOST // max(nbytes, 1))))
 
 
-def calls_of_program(sets: int, expected: float) -> int:
-    """How many calls in a program, so that the host, which needs a while to start one, keeps up."""
-    return max(sets, min(CALLS, math.ceil(QUEUE / max(expected, 1e-6))))
+def count_of_rounds(sets: int, expected: float) -> int:
+    """How often a program goes through its sets, if a call takes `expected` seconds at the least."""
+    return math.ceil(QUEUE / (sets * max(expected, QUICKEST)))
 
 
-def in_turn(run: Callable) -> Callable[[Sequence[tuple]], list]:
-    """A function of sets of inputs, which calls `run(*inputs)` on one after the other."""
+class Turns(NamedTuple):
+    """Calls on sets of inputs in turn.
 
-    run = jax.jit(run)  # lowered once for all calls
+    Attributes:
+      run: `run(*inputs)` is a call.
+      sets: shapes of the inputs, set by set. rounds: how often each is taken.
+    """
 
-    def calls(sets):
-        outputs = []
-        for arrays in sets:
-            # A call waits for the one before.
-            arrays, outputs[-1:] = jax.lax.optimization_barrier((arrays, outputs[-1:]))
-            outputs.append(run(*arrays))
-        return outputs
+    run: Callable
+    sets: list[tuple]
+    rounds: int
 
-    return calls
+    @property
+    def calls(self) -> int:
+        """Of a program."""
+        return self.rounds * len(self.sets)
+
+    def compiled(self) -> Program:
+        """The program: a function of the sets and of what the program before has given, which it overwrites."""
+        return compiled(self.program, self.sets, self.results(), donate_argnums=1)
+
+    def results(self) -> tuple:
+        """The shapes of what a program gives."""
+        return jax.ShapeDtypeStruct((), jnp.int32), [jax.eval_shape(self.run, *inputs) for inputs in self.sets]
+
+    def program(self, sets: Sequence[tuple], before: tuple) -> tuple:
+        """See `compiled`; before: like `results`."""
+        run = jax.jit(self.run)  # lowered once for all calls
+
+        def one_round(_, before):
+            turn, results = before[0], []
+            for inputs in sets:
+                # A call waits for the one before, of this round or of the last: XLA sees that it needs `turn`, and not
+                # that nobody changes it.
+                inputs, results[-1:], turn = jax.lax.optimization_barrier((inputs, results[-1:], turn))
+                results.append(run(*inputs))
+            return turn, results
+
+        return jax.lax.fori_loop(0, self.rounds, one_round, before)
 
 
-def device_seconds(calls: Program, sets: Sequence[tuple], launches: int = 4) -> Timing:
-    """The time of a call.
+def empty(shapes: Any) -> Any:
+    """Arrays of these shapes, on the device."""
+    return jax.block_until_ready(jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes))
+
+
+def device_seconds(turns: Turns, program: Callable, sets: list[tuple], launches: int = 4) -> float:
+    """The time of a call: the median of several measurements.
 
     Args:
-      calls: of `in_turn`. sets: its inputs.
+      program: of `turns`, compiled. sets: its inputs.
       launches: by how many programs the longer queue is longer.
     """
-    jax.block_until_ready(calls.run(list(sets)))
-    added = [
-        (_wall(calls.run, sets, 1 + launches) - _wall(calls.run, sets, 1)) / (launches * len(sets))
-        for _ in range(REPEATS)
-    ]
-    return Timing(statistics.median(added), calls.compile_seconds)
-
-
-def _wall(run: Callable, sets: Sequence[tuple], launches: int) -> float:
-    began = time.perf_counter()
-    for _ in range(launches):
-        out = run(list(sets))
-    jax.block_until_ready(out)
-    return time.perf_counter() - began
+    after = jax.block_until_ready(program(sets, empty(turns.results())))
+    added = []
+    for _ in range(REPEATS):
+        walls = []
+        for count in (1 + launches, 1):
+            began = time.perf_counter()
+            for _ in range(count):
+                after = program(sets, after)
+            jax.block_until_ready(after)
+            walls.append(time.perf_counter() - began)
+        added.append((walls[0] - walls[1]) / (launches * turns.calls))
+    return statistics.median(added)

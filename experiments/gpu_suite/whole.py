@@ -6,7 +6,7 @@ import functools
 import statistics
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 from typing import Any
 
 import jax
@@ -25,21 +25,26 @@ from nemojax.model import init_params
 REPEATS = 3
 
 
-def rows(config: Config, tokens: int, batches: tuple[int, ...], peaks: Work) -> Iterator[dict[str, Any]]:
-    """Prefill of `tokens`, and decoding after as many for each number of rows."""
-    params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-    with ThreadPoolExecutor() as pool:
-        prefill = pool.submit(_compile_prefill, config, params, tokens)
-        decode = {batch: pool.submit(_compile_decode, config, params, batch, tokens) for batch in batches}
-    began = time.perf_counter()
-    params = jax.block_until_ready(_random(params))
-    yield {"kind": "model", "case": "random weights", "seconds": time.perf_counter() - began, **_memory()}
-    name = {"kind": "model", "case": f"prefill of {tokens:,} tokens"}
-    yield attempt(name, lambda: _prefill(config, prefill.result(), params, tokens, peaks))
-    for batch, program in decode.items():
-        name = {"kind": "model", "case": f"decode at batch {batch}, context {tokens:,}"}
-        run = lambda batch=batch, program=program: _decode(config, program.result(), params, batch, tokens, peaks)
-        yield attempt(name, run)
+def rows(
+    config: Config, tokens: int, batches: tuple[int, ...], peaks: Work, pool: Executor
+) -> Iterator[dict[str, Any]]:
+    """Prefill of `tokens`, and decoding after as many for each number of rows; as in `operations`, compiled at once."""
+    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    prefill = pool.submit(_compile_prefill, config, shapes, tokens)
+    decode = {batch: pool.submit(_compile_decode, config, shapes, batch, tokens) for batch in batches}
+
+    def run():
+        began = time.perf_counter()
+        params = jax.block_until_ready(_random(shapes))
+        yield {"kind": "model", "case": "random weights", "seconds": time.perf_counter() - began, **_memory()}
+        name = {"kind": "model", "case": f"prefill of {tokens:,} tokens"}
+        yield attempt(name, lambda: _prefill(config, prefill.result(), params, tokens, peaks))
+        for batch, program in decode.items():
+            name = {"kind": "model", "case": f"decode at batch {batch}, context {tokens:,}"}
+            one = lambda batch=batch, program=program: _decode(config, program.result(), params, batch, tokens, peaks)
+            yield attempt(name, one)
+
+    return run()
 
 
 def _random(params: Any) -> Any:
@@ -61,6 +66,12 @@ def _memory() -> dict[str, int]:
     return {"peak_bytes": stats["peak_bytes_in_use"]} if "peak_bytes_in_use" in stats else {}
 
 
+def _numbers(results: Any) -> dict[str, str]:
+    """What is to be said of them: a time of results that are no numbers is none."""
+    finite = all(bool(jnp.isfinite(a).all()) for a in jax.tree.leaves(results) if jnp.issubdtype(a.dtype, jnp.floating))
+    return {} if finite else {"failed": "results are not finite"}
+
+
 def _compile_prefill(config, params, tokens):
     def step(params, ids, cache):
         run = forward.backbone(params, ids, None, cache, config=config)
@@ -78,7 +89,7 @@ def _prefill(config, program, params, tokens, peaks):
     for _ in range(1 + REPEATS):
         cache = empty()
         began = time.perf_counter()
-        jax.block_until_ready(program.run(params, ids, cache))
+        after = jax.block_until_ready(program.run(params, ids, cache))
         seconds.append(time.perf_counter() - began)
     unused = 2 * (tokens - 1) * config.vocab_size * config.hidden_size  # logits of the last token only
     flops = rooflines.prefill_flops(config, tokens) - unused
@@ -91,6 +102,7 @@ def _prefill(config, program, params, tokens, peaks):
         "compile_seconds": program.compile_seconds,
         "kernels": breakdown.kernels(program.run, params, ids, empty()),
         **_memory(),
+        **_numbers(after),
     }
 
 
@@ -123,6 +135,7 @@ def _decode(config, program, params, batch, context, peaks):
             began = time.perf_counter()
             _, cache = jax.block_until_ready(program.run(params, token, cache, jnp.int32(count)))
             seconds[count].append(time.perf_counter() - began)
+    finite = _numbers(cache.layers)
     long, short = (statistics.median(seconds[count][1:]) for count in (MANY, FEW))
     took = (long - short) / (MANY - FEW)
     floor = rooflines.decode_bytes(config, context, batch=batch) / peaks.nbytes
@@ -133,6 +146,7 @@ def _decode(config, program, params, batch, context, peaks):
         "compile_seconds": program.compile_seconds,
         "kernels": breakdown.kernels(program.run, params, token, _full(cache, context), jnp.int32(FEW), calls=FEW),
         **_memory(),
+        **finite,
     }
 
 

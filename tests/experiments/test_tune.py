@@ -82,19 +82,45 @@ def test_only_the_shapes_that_were_timed_change():
     assert tune.merged(kept, {"ssd piece": {"128,32": [32]}})["ssd piece"] == {"7,7": [3], "128,32": [32]}
 
 
-def test_a_table_is_written(tmp_path, monkeypatch, capsys):
-    """On a CPU, with an operation that any table suits."""
+@pytest.fixture
+def two_candidates(tmp_path, monkeypatch):
+    """Runs the command on a CPU with an operation that is `run` of a piece (None: the rule) and x; gives the table."""
+    choice = lambda run: tune.Choice(
+        Case("double", arrays, 1, lambda _, x: (run((tuned.tuned("ssd piece", 7, 7) or [None])[0], x),), FAST, WORK),
+        ({"ssd piece": {"7,7": [3]}}, {"ssd piece": {"7,7": [4]}}),
+    )
     arrays = lambda key: (jax.random.normal(key, (64,)).astype(jnp.bfloat16),)
-    case = Case("double", arrays, 1, lambda _, x: (2 * x,), ("mosaic_gpu",), Work(256, 64))
-    choice = tune.Choice(case, ({"ssd piece": {"7,7": [3]}}, {"ssd piece": {"7,7": [4]}}))
-    monkeypatch.setattr(tune, "OPERATIONS", {"double": lambda config, tokens: [choice]})
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     (tmp_path / "table.json").write_text('{"ssd piece": {"7,7": [9], "8,8": [2]}}')
-    assert tune.main(["--operations", "double", "--table", str(tmp_path / "table.json")]) == 0
-    table = json.loads((tmp_path / "table.json").read_text())["ssd piece"]
+
+    def command(run):
+        monkeypatch.setattr(tune, "OPERATIONS", {"double": lambda config, tokens: [choice(run)]})
+        assert tune.main(["--operations", "double", "--table", str(tmp_path / "table.json")]) == 0
+        return json.loads((tmp_path / "table.json").read_text())["ssd piece"]
+
+    return command
+
+
+FAST, WORK = ("mosaic_gpu",), Work(256, 64)
+
+
+def test_a_table_is_written(two_candidates, capsys):
+    table = two_candidates(lambda piece, x: 2 * x)
     assert table.pop("8,8") == [2] and table.get("7,7") in (None, [3], [4])
     shown = capsys.readouterr().out.splitlines()
     assert len(shown) == 3 and shown[0].startswith("double rule: ") and all(line.endswith(" us") for line in shown)
+
+
+def test_a_candidate_with_other_numbers_is_not_timed(two_candidates, capsys):
+    """However fast it is."""
+
+    def run(piece, x):
+        if piece is None:
+            x = jax.lax.fori_loop(0, 1_000, lambda i, x: jnp.where(i < 0, 0, x), x)
+        return (2.05 if piece == 3 else 2) * x
+
+    assert two_candidates(run) == {"7,7": [4], "8,8": [2]}
+    assert "[3]}}: ArithmeticError: differs from the rule by 2." in capsys.readouterr().out.splitlines()[1]
 
 
 def test_without_a_gpu(capsys):
