@@ -18,7 +18,7 @@ def choose(
     operation: str,
     implementations: Mapping[str, Callable],
     name: str | None,
-    refusals: Mapping[str, str | None] | None = None,
+    refusals: Mapping[str, Callable[[], str | None]] | None = None,
     best: Callable | None = None,
 ) -> Callable:
     """The implementation called `name`, or the default when `name` is None.
@@ -27,7 +27,7 @@ def choose(
 
     Args:
       operation: for messages. implementations: by name. name: of the one that is asked for, or None.
-      refusals: of some implementations, why they cannot run with the arguments at hand, or None where they can.
+      refusals: of some implementations: call it for why they cannot run with the arguments at hand; None if they can.
       best: the default where the program is for a Hopper GPU and its kernels can run, of which `refusals` must speak
         as `"mosaic_gpu"`.
 
@@ -39,19 +39,19 @@ def choose(
     if name not in implementations:
         known = ", ".join(implementations)
         raise ValueError(f"{operation}: implementation {name!r} does not exist; known: {known}")
-    if reason := (refusals or {}).get(name):
+    if refusals and name in refusals and (reason := refusals[name]()):
         raise ValueError(f"{operation}: implementation {name!r} cannot run: {reason}; use {DEFAULT!r}")
     return implementations[name]
 
 
-def on_hopper(operation: str, refusal: str | None) -> bool:
+def on_hopper(operation: str, refusal: Callable[[], str | None]) -> bool:
     """Whether None means the Hopper kernels in the CUDA branch of a program; where not, the log says why, once.
 
     Args:
-      refusal: why they cannot run with the arguments at hand, or None where they can.
+      refusal: see `choose`; not called where there is no such GPU.
     """
     device = target()
-    reason = refusal if _HOPPER.search(device) else "they need a Hopper GPU"
+    reason = refusal() if _HOPPER.search(device) else "they need a Hopper GPU"
     if reason is not None:
         _say_once(f"{operation} on {device} does not use the Hopper kernels: {reason}")
     return reason is None

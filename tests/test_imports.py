@@ -1,9 +1,12 @@
 """Imports point one way: experiments -> convert -> nemojax -> pallas_kernels -> jax."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from processes import environment
 
 ROOT = Path(__file__).parent.parent
 ORDER = ("experiments", "convert", "nemojax", "pallas_kernels")  # each may import those behind it
@@ -52,3 +55,18 @@ def test_lazy_exceptions_are_used():
     for file in LAZY:
         names = {name for name, inside, _ in imports(ast.parse((ROOT / file).read_text(encoding="utf-8"))) if inside}
         assert "convert" in names, file
+
+
+def test_without_a_hopper_gpu_nothing_of_mosaic_is_imported():
+    """It takes longer to import than all of ours; a forward and a step of decoding look at every operation."""
+    code = """
+import sys, jax, jax.numpy as jnp, nemojax, convert.cli, nemojax.generate
+from experiments.gpu_suite.sections import TINY
+params = nemojax.init_params(TINY, jax.random.key(0))
+cache = nemojax.init_cache(TINY, 1, 16)
+for tokens in (jnp.ones((1, 8), jnp.int32), jnp.ones((1, 1), jnp.int32)):
+    cache = jax.eval_shape(nemojax.Nemotron(TINY).apply, {"params": params}, tokens, cache=cache).cache
+print([name for name in ("jax.experimental.mosaic.gpu", "jax.experimental.pallas.mosaic_gpu") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stdout + done.stderr

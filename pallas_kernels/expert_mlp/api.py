@@ -7,19 +7,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.choice import by_platform, choose, on_hopper, with_rules
-from pallas_kernels.expert_mlp import mosaic_gather, mosaic_gpu, mosaic_tokens, reference, xla
+from pallas_kernels.expert_mlp import reference, xla
+from pallas_kernels.late import Late
 from pallas_kernels.norm import Norm
 
+mosaic_gather, mosaic_gpu, mosaic_tokens = (
+    Late(f"pallas_kernels.expert_mlp.{name}") for name in ("mosaic_gather", "mosaic_gpu", "mosaic_tokens")
+)
 IMPLEMENTATIONS = {"xla": xla.expert_mlp, "mosaic_gpu": mosaic_gpu.expert_mlp, "reference": reference.expert_mlp}
 TOKEN_IMPLEMENTATIONS = {"xla": xla.token_mlp, "mosaic_gpu": mosaic_tokens.token_mlp, "reference": reference.token_mlp}
-GATHER_IMPLEMENTATIONS = {
-    "xla": mosaic_gather.plain,
-    "mosaic_gpu": mosaic_gather.gather,
-    "reference": mosaic_gather.plain,
-}
+GATHER_IMPLEMENTATIONS = {"xla": xla.gather_rows, "mosaic_gpu": mosaic_gather.gather, "reference": xla.gather_rows}
 
 _best = with_rules((mosaic_gpu.expert_mlp, mosaic_gpu.backward), (xla.expert_mlp, xla.backward))
-_best_gather = by_platform(mosaic_gather.gather, mosaic_gather.plain)
+_best_gather = by_platform(mosaic_gather.gather, xla.gather_rows)
 _best_for_tokens = by_platform(mosaic_tokens.token_mlp, xla.token_mlp, xla.gathered)
 
 
@@ -29,7 +29,7 @@ def takes_kernels(
     """Whether `implementation` means the Hopper kernels of `token_mlp` for such arrays."""
     if implementation is not None:
         return implementation == "mosaic_gpu"
-    return on_hopper("token_mlp", mosaic_tokens.supports(x, *weights, norm=norm))
+    return on_hopper("token_mlp", lambda: mosaic_tokens.supports(x, *weights, norm=norm))
 
 
 def gather_rows(
@@ -43,7 +43,7 @@ def gather_rows(
     Raises:
       ValueError: a named implementation that does not exist, or cannot run on such arrays.
     """
-    refusals = {"mosaic_gpu": mosaic_gather.supports(x, index)}
+    refusals = {"mosaic_gpu": lambda: mosaic_gather.supports(x, index)}
     return choose("gather_rows", GATHER_IMPLEMENTATIONS, implementation, refusals, _best_gather)(x, index)
 
 
@@ -79,7 +79,7 @@ def expert_mlp(
             f"expert_mlp: x {x.shape}, up {up.shape}, down {down.shape}, weights {weights.shape} and "
             f"group_sizes {group_sizes.shape} do not fit together"
         )
-    refusals = {"mosaic_gpu": mosaic_gpu.supports(x, up, down)}
+    refusals = {"mosaic_gpu": lambda: mosaic_gpu.supports(x, up, down)}
     run = choose("expert_mlp", IMPLEMENTATIONS, implementation, refusals, _best)
     return run(x, up, down, weights.astype(jnp.float32), group_sizes)
 
@@ -120,6 +120,7 @@ def token_mlp(
         )
     if norm is not None:
         norm.check(x, "token_mlp")
-    reason = mosaic_tokens.supports(x, up, down, *(shared or ()), norm=norm) if ids.size else "no row has an expert"
-    run = choose("token_mlp", TOKEN_IMPLEMENTATIONS, implementation, {"mosaic_gpu": reason}, _best_for_tokens)
+    supported = lambda: mosaic_tokens.supports(x, up, down, *(shared or ()), norm=norm)
+    refusals = {"mosaic_gpu": supported if ids.size else lambda: "no row has an expert"}
+    run = choose("token_mlp", TOKEN_IMPLEMENTATIONS, implementation, refusals, _best_for_tokens)
     return run(x, up, down, ids, weights.astype(jnp.float32), shared, norm)

@@ -7,9 +7,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.choice import choose, target, with_rules
-from pallas_kernels.flash_attention import cudnn, mosaic_gpu, reference, xla
+from pallas_kernels.flash_attention import cudnn, reference, xla
+from pallas_kernels.late import Late
 from pallas_kernels.shapes import check_shapes
 
+mosaic_gpu = Late("pallas_kernels.flash_attention.mosaic_gpu")
 IMPLEMENTATIONS = {
     "xla": xla.flash_attention,
     "mosaic_gpu": mosaic_gpu.flash_attention,
@@ -60,12 +62,13 @@ def flash_attention(
         "key_documents": (key_documents, (batch, size)),
     }
     check_shapes("flash_attention", expected)
-    refusals = {"mosaic_gpu": mosaic_gpu.supports(q, k, v), "cudnn": cudnn.supports(q, k, v, start, documents)}
+    refuses_cudnn = cudnn.supports(q, k, v, start, documents)
+    refusals = {"mosaic_gpu": lambda: mosaic_gpu.supports(q, k, v), "cudnn": lambda: refuses_cudnn}
     if start is None:
         start = jnp.zeros((batch,), jnp.int32)
     run = choose("flash_attention", IMPLEMENTATIONS, implementation, refusals, _best)
     may_be_cudnn = implementation is None and run is not _best and target().startswith("NVIDIA")
-    if may_be_cudnn and refusals["cudnn"] is None and cudnn.installed(q, k, v):
+    if may_be_cudnn and refuses_cudnn is None and cudnn.installed(q, k, v):
         run = _cudnn_on_cuda
     return run(q, k, v, start, documents, key_documents)
 

@@ -9,9 +9,11 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.causal_conv1d import xla as conv
 from pallas_kernels.choice import by_platform, choose
-from pallas_kernels.mamba_step import mosaic_gpu, reference, xla
+from pallas_kernels.late import Late
+from pallas_kernels.mamba_step import reference, xla
 from pallas_kernels.shapes import check_shapes
 
+mosaic_gpu = Late("pallas_kernels.mamba_step.mosaic_gpu")
 IMPLEMENTATIONS = {"xla": xla.mamba_step, "mosaic_gpu": mosaic_gpu.mamba_step, "reference": reference.mamba_step}
 
 
@@ -66,7 +68,7 @@ def mamba_step(
     expected |= {name: (a, (batch,)) for name, a in zip(("documents", "initial_document", "place"), rows, strict=True)}
     check_shapes("mamba_step", expected)
     arrays = (projected, conv_state, ssm_state, conv_weight, conv_bias, A_log, D, dt_bias)
-    refusals = {"mosaic_gpu": mosaic_gpu.supports(projected, ssm_state)}
+    refusals = {"mosaic_gpu": lambda: mosaic_gpu.supports(projected, ssm_state)}
     run = choose("mamba_step", IMPLEMENTATIONS, implementation, refusals, _best)
     gated, squares, after = run(*arrays, tuple(map(float, dt_limit)), rows)
     one = (projected[:, None], conv_weight, conv_state, documents[:, None], initial_document, heads * width)

@@ -8,9 +8,11 @@ from typing import Any
 from jaxtyping import Array, Float
 
 from pallas_kernels.choice import by_platform, choose
-from pallas_kernels.matvec import mosaic_gpu, reference, xla
+from pallas_kernels.late import Late
+from pallas_kernels.matvec import reference, xla
 from pallas_kernels.norm import Norm
 
+mosaic_gpu = Late("pallas_kernels.matvec.mosaic_gpu")
 IMPLEMENTATIONS = {"xla": xla.dot_rows, "mosaic_gpu": mosaic_gpu.dot_rows, "reference": reference.dot_rows}
 FEW_ROWS = 8  # up to so many, the default on Hopper is its kernel; with more, matrix libraries do well
 
@@ -43,7 +45,7 @@ def dot_rows(
         raise ValueError(f"dot_rows: x {x.shape} and weights {[w.shape for w in weights]} do not fit together")
     if norm is not None:
         norm.check(x, "dot_rows")
-    refusals = {"mosaic_gpu": mosaic_gpu.supports(x, *weights, norm=norm)}
+    refusals = {"mosaic_gpu": lambda: mosaic_gpu.supports(x, *weights, norm=norm)}
     best = _best if x.shape[0] <= FEW_ROWS else None
     return choose("dot_rows", IMPLEMENTATIONS, implementation, refusals, best)(x, list(weights), dtype, norm)
 

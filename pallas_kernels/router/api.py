@@ -9,9 +9,11 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.choice import choose
-from pallas_kernels.router import mosaic_gpu, reference, xla
+from pallas_kernels.late import Late
+from pallas_kernels.router import reference, xla
 from pallas_kernels.shapes import check_shapes
 
+mosaic_gpu = Late("pallas_kernels.router.mosaic_gpu")
 IMPLEMENTATIONS = {
     "xla": xla.choose_experts,
     "mosaic_gpu": mosaic_gpu.choose_experts,
@@ -70,6 +72,6 @@ def choose_experts(
     if not 0 < rule.chosen <= experts:
         raise ValueError(f"choose_experts: {rule.chosen} of {experts} experts are to be chosen")
     check_shapes("choose_experts", {"bias": (bias, (experts,))})
-    refusals = {"mosaic_gpu": mosaic_gpu.supports(logits)}
+    refusals = {"mosaic_gpu": lambda: mosaic_gpu.supports(logits)}
     run = choose("choose_experts", IMPLEMENTATIONS, implementation, refusals, _best)
     return run(logits, bias.astype(logits.dtype), rule)

@@ -10,9 +10,11 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import documents as docs
 from pallas_kernels.choice import choose, rule_of, with_rules
+from pallas_kernels.late import Late
 from pallas_kernels.shapes import check_shapes
-from pallas_kernels.ssd import mosaic_gpu, reference, xla
+from pallas_kernels.ssd import reference, xla
 
+mosaic_gpu = Late("pallas_kernels.ssd.mosaic_gpu")
 IMPLEMENTATIONS = {"xla": xla.ssd, "mosaic_gpu": mosaic_gpu.ssd, "reference": reference.ssd}
 
 
@@ -73,7 +75,8 @@ def ssd(
         x, B, C = docs.without_pads(documents, x, B, C)
     dt_limit = tuple(map(float, dt_limit))
     A, D, dt_bias, initial_state = (a.astype(jnp.float32) for a in (A, D, dt_bias, initial_state))
-    run = choose("ssd", IMPLEMENTATIONS, implementation, {"mosaic_gpu": mosaic_gpu.supports(x, B, C)}, _best)
+    refusals = {"mosaic_gpu": lambda: mosaic_gpu.supports(x, B, C)}
+    run = choose("ssd", IMPLEMENTATIONS, implementation, refusals, _best)
     return run(x, dt, A, B, C, D, dt_bias, dt_limit, initial_state, documents, initial_document, chunk_size)
 
 
