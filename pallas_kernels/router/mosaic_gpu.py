@@ -55,7 +55,7 @@ def _choose(logits, bias, rule):
     last = logits.shape[1] - 1
     logits, bias = (pad_to(a, -1, COLUMNS, value=-jnp.inf) for a in (logits, bias))  # never the best
     each = 1 if rows % _ROWS and rows < _ROWS * hopper.SMS else _ROWS
-    logits = pad_to(logits, 0, each)
+    logits, bias = (pad_to(a, 0, each) if a.ndim > 1 else a for a in (logits, bias))
     padded, experts = logits.shape
 
     def body(logits, bias, ids, weights, places, scores):

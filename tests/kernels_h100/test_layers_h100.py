@@ -4,6 +4,7 @@ import functools
 import math
 import re
 
+import jax
 import pytest
 
 from experiments import h100_programs as programs
@@ -165,12 +166,14 @@ def gradient_of_attention_bytes(c):
 
 def gradient_of_experts_bytes(c, tokens):
     """Rows sorted by expert and the gradients of the experts' results; hidden units in tiles, whose gradient lies where
-    a weight's gradient will; a result; the router's scores in four stages.
+    a weight's gradient will; the sum of a token's gradients, which XLA does not round from jax 0.12 on; the router's
+    scores in four stages.
     """
     rows = tokens * c.num_experts_per_tok
     hidden = tiles_of(c, rows) * c.moe_intermediate_size
-    scores = 4 * tokens * c.n_routed_experts
-    return BF16 * (2 * rows * c.expert_width + hidden + tokens * c.hidden_size) + F32 * scores
+    sums, scores = tokens * c.hidden_size, 4 * tokens * c.n_routed_experts
+    rounded = BF16 if jax.__version_info__ < (0, 12) else F32
+    return BF16 * (2 * rows * c.expert_width + hidden) + rounded * sums + F32 * scores
 
 
 @pytest.mark.parametrize(

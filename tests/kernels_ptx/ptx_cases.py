@@ -47,9 +47,9 @@ def result(machine: Machine, *inputs: np.ndarray, size: int = 128, schedule: Sch
 
 
 def on_the_machine(
-    operation: Callable, *arrays: Any, kernels: Sequence[str], schedules: Sequence[Schedule] = SCHEDULES
+    operation: Callable, *arrays: Any, kernels: Sequence[str] | None = None, schedules: Sequence[Schedule] = SCHEDULES
 ) -> list[list[np.ndarray]]:
-    """What an operation gives under each schedule; its kernels, which must be these, run on the machine.
+    """What an operation gives under each schedule; its kernels, which must be these or some, run on the machine.
 
     Each of them may be launched early, the machine sees whether it waits before it touches memory; and lets none be.
     """
@@ -63,7 +63,7 @@ def on_the_machine(
         for session.schedule in schedules:
             session.ran.clear()
             found.append([np.asarray(a) for a in jax.tree.leaves(run(*arrays))])
-            assert sorted(session.ran) == sorted(kernels), session.ran
+            assert sorted(session.ran) == sorted(kernels or session.ran) != [], session.ran
     return found
 
 

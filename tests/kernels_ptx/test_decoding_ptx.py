@@ -42,9 +42,14 @@ def test_experts_of_tokens(normed):
     agree(found, run("reference"), 4e-3)
 
 
-@pytest.mark.parametrize("rule", [Rule(3), Rule(4, groups=4, kept=2, scale=2.5)], ids=["plain", "groups"])
-def test_choice_of_experts(rule):
-    logits, bias = jnp.asarray(2 * random(0, 13, 64)), jnp.asarray(random(1, 64) / 10)
+_IN_GROUPS = Rule(4, groups=4, kept=2, scale=2.5)
+
+
+@pytest.mark.parametrize(
+    "rows, rule", [(13, Rule(3)), (13, _IN_GROUPS), (35, _IN_GROUPS)], ids=["plain", "groups", "eight-rows-a-block"]
+)
+def test_choice_of_experts(rows, rule):
+    logits, bias = jnp.asarray(2 * random(0, rows, 64)), jnp.asarray(random(1, 64) / 10)
     run = lambda name: choose_experts(logits, bias, rule, implementation=name)
     found = on_the_machine(functools.partial(run, "mosaic_gpu"), kernels=["choose_experts"])
     agree(found, run("reference"), [0.0, 1e-6])
