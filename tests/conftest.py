@@ -31,7 +31,7 @@ jaxtyping.install_import_hook(_checked_modules(), "beartype.beartype")
 
 # Compilation makes one example slow whatever its size; the same examples in every run make a failure repeatable.
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
-hypothesis.settings.register_profile("searching", deadline=None, max_examples=1000, print_blob=True)
+hypothesis.settings.register_profile("searching", deadline=None)
 hypothesis.settings.load_profile("repeatable")
 
 

@@ -4,6 +4,7 @@
 """
 
 import functools
+from typing import NamedTuple
 
 import hypothesis
 import jax
@@ -28,22 +29,37 @@ from pallas_kernels.router import Rule, choose_experts
 from pallas_kernels.ssd import ssd
 from pallas_kernels.ssd import tuning as ssd_tuning
 
-EXAMPLES = 25
-schedules = st.builds(Schedule, st.integers(0, 99), apart=st.booleans(), late=st.booleans())
+EXAMPLES = 25 if hypothesis.settings.default.derandomize else 1000  # of each operation
 some = lambda least, most: st.integers(least, most)
 number = lambda *values: jnp.array(values, jnp.int32)
 
 
+class How(NamedTuple):
+    """How an example runs; mapped: as the second of two under `vmap`."""
+
+    schedule: Schedule
+    multiprocessors: int
+    mapped: bool
+
+
+hows = st.builds(
+    How,
+    st.builds(Schedule, some(0, 99), apart=st.booleans(), late=st.booleans()),
+    st.sampled_from((2, 4, 6)),
+    st.sampled_from((False, False, True)),
+)
+
+
 def shapes(**strategies):
-    """Runs a test on examples of these, each on a few multiprocessors and under some schedule."""
+    """Runs a test on examples of these."""
 
     def decorated(test):
         @hypothesis.settings(max_examples=EXAMPLES)
-        @hypothesis.given(st.fixed_dictionaries(strategies), schedules, st.sampled_from((2, 4, 6)))
-        def run(sizes, schedule, multiprocessors):
+        @hypothesis.given(st.fixed_dictionaries(strategies), hows)
+        def run(sizes, how):
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(hopper, "SMS", multiprocessors)
-                test(schedule=schedule, patch=patch, **sizes)
+                patch.setattr(hopper, "SMS", how.multiprocessors)
+                test(how=how, patch=patch, **sizes)
 
         run.__name__ = run.__qualname__ = test.__name__
         return run
@@ -51,12 +67,15 @@ def shapes(**strategies):
     return decorated
 
 
-def like_the_reference(schedule, run, values, relative, results=lambda found: found):
+def like_the_reference(how, run, values, relative, results=lambda found: found):
     """`run(name, *values)`: what `results` picks is the same for the kernels and for the reference in float32."""
-    found = on_the_machine(functools.partial(run, "mosaic_gpu"), *values, schedules=[schedule])
+    kernels, arrays = functools.partial(run, "mosaic_gpu"), values
+    if how.mapped:
+        kernels, arrays = jax.vmap(kernels), [jnp.stack([a[::-1], a]) for a in values]
+    (found,) = on_the_machine(kernels, *arrays, schedules=[how.schedule])
     wanted = run("reference", *exact(values))
-    structure = jax.tree.structure(wanted)
-    agree([jax.tree.leaves(results(structure.unflatten(each))) for each in found], results(wanted), relative)
+    found = jax.tree.unflatten(jax.tree.structure(wanted), [a[1] if how.mapped else a for a in found])
+    agree([jax.tree.leaves(results(found))], results(wanted), relative)
 
 
 @st.composite
@@ -71,14 +90,13 @@ def documents(draw, rows, length):
 
 
 @shapes(rows=some(1, 64), length=some(1, 5), widths=st.lists(some(1, 20), min_size=1, max_size=3), normed=st.booleans())
-def test_rows_with_matrices(rows, length, widths, normed, schedule, patch):
+def test_rows_with_matrices(rows, length, widths, normed, how, patch):
     del patch
     length, widths = 64 * length, [8 * n for n in widths]
     x, weights = as_bfloat16(random(0, rows, length)), [as_bfloat16(random(i, n, length)) for i, n in enumerate(widths)]
     norm = Norm(as_bfloat16(random(9, length)), 1e-5, jnp.dtype(jnp.bfloat16)) if normed and rows <= 8 else None
-    run = lambda name, x, weights: dot_rows(x, weights, jnp.float32, norm=norm, implementation=name)
-    found = on_the_machine(functools.partial(run, "mosaic_gpu"), x, weights, schedules=[schedule])
-    agree(found, run("reference", x, weights), 2e-2 if norm else 1e-6)
+    run = lambda name, x, *weights: dot_rows(x, weights, jnp.float32, norm=norm, implementation=name)
+    like_the_reference(how, run, (x, *weights), 2e-2 if norm else 1e-6)
 
 
 @shapes(
@@ -89,7 +107,7 @@ def test_rows_with_matrices(rows, length, widths, normed, schedule, patch):
     width=some(1, 4),
     shared=st.none() | some(1, 4),
 )
-def test_experts_of_tokens(rows, experts, chosen, features, width, shared, schedule, patch):
+def test_experts_of_tokens(rows, experts, chosen, features, width, shared, how, patch):
     del patch
     features, width, chosen = 64 * features, 64 * width, min(chosen, experts)
     wide = [(64 * shared, features)] * 2 if shared else []
@@ -102,11 +120,11 @@ def test_experts_of_tokens(rows, experts, chosen, features, width, shared, sched
     def run(name, x, up, down, *always):
         return token_mlp(x, up, down, ids, weights, always or None, implementation=name)
 
-    like_the_reference(schedule, run, values, 1e-2)
+    like_the_reference(how, run, values, 1e-2)
 
 
 @shapes(rows=some(1, 30), groups=st.sampled_from((1, 2, 4)), each=some(1, 40), chosen=some(1, 9), scale=some(1, 3))
-def test_choice_of_experts(rows, groups, each, chosen, scale, schedule, patch):
+def test_choice_of_experts(rows, groups, each, chosen, scale, how, patch):
     """Scores apart by more than float32's rounding: of equals the first is taken."""
     del patch
     experts, kept = groups * each, max(1, groups // 2)
@@ -114,7 +132,7 @@ def test_choice_of_experts(rows, groups, each, chosen, scale, schedule, patch):
     order = np.random.default_rng(0).permuted(np.tile(np.arange(experts), (rows, 1)), axis=1)
     logits, bias = jnp.asarray(order / experts - 0.5, jnp.float32), jnp.zeros(experts)
     run = lambda name, logits, bias: choose_experts(logits, bias, rule, implementation=name)
-    like_the_reference(schedule, run, (logits, bias), [0.0, 1e-6])
+    like_the_reference(how, run, (logits, bias), [0.0, 1e-6])
 
 
 @shapes(
@@ -122,12 +140,12 @@ def test_choice_of_experts(rows, groups, each, chosen, scale, schedule, patch):
     groups=some(1, 2),
     heads=some(1, 4),
     width=some(1, 6),
-    size=some(1, 5),
+    size=some(1, 4),
     taps=some(2, 4),
     dtype=st.sampled_from(("float32", "float16", "bfloat16")),
     numbers=st.data(),
 )
-def test_a_token_of_a_mamba_layer(rows, groups, heads, width, size, taps, dtype, numbers, schedule, patch):
+def test_a_token_of_a_mamba_layer(rows, groups, heads, width, size, taps, dtype, numbers, how, patch):
     del patch
     width, size = 16 * width, 64 * size
     inner, low = heads * width, lambda seed, *shape: as_bfloat16(random(seed, *shape))
@@ -143,7 +161,7 @@ def test_a_token_of_a_mamba_layer(rows, groups, heads, width, size, taps, dtype,
     options = dict(documents=number(*now), initial_document=number(*before), place=number(*range(41, 41 + rows)))
     run = lambda name, *values: mamba_step(*values, **options, implementation=name)
     results = lambda found: (found[0][now > 0], found[1][now > 0], *found[2:])
-    like_the_reference(schedule, run, values, [2**-6, 5e-2, 2**-6, 2**-6], results)
+    like_the_reference(how, run, values, [2**-6, 5e-2, 2**-6, 2**-6], results)
 
 
 @shapes(
@@ -158,7 +176,8 @@ def test_a_token_of_a_mamba_layer(rows, groups, heads, width, size, taps, dtype,
     gradient=st.booleans(),
     numbers=st.data(),
 )
-def test_scan(rows, length, groups, heads, width, state, pieces, packed, gradient, numbers, schedule, patch):
+def test_scan(rows, length, groups, heads, width, state, pieces, packed, gradient, numbers, how, patch):
+    pieces = min(pieces, -(-length // ssd_tuning.CHUNK))  # there may be more chunks than the sequence has
     patch.setattr(ssd_tuning, "_piece", lambda chunks, thread_blocks: -(-chunks // pieces))
     each, low = (groups, heads), lambda *args: as_bfloat16(random(*args))
     values = (
@@ -181,7 +200,9 @@ def test_scan(rows, length, groups, heads, width, state, pieces, packed, gradien
         dy = jnp.where(jnp.asarray(docs > 0)[..., None, None, None], random(20, *results[0].shape), 0)
         return *results, *back((dy.astype(results[0].dtype), jnp.asarray(random(21, *results[1].shape))))
 
-    like_the_reference(schedule, run, values, 2e-2, lambda found: (found[0][docs > 0], *found[1:]))
+    rough = 0.1  # gradients that are sums over all tokens, of terms of either sign
+    bounds = [2e-2, 2e-2, *(2e-2, 2e-2, rough, 2e-2, 2e-2, rough, rough, 2e-2)[: 8 * gradient]]
+    like_the_reference(how, run, values, bounds, lambda found: (found[0][docs > 0], *found[1:]))
 
 
 @shapes(
@@ -196,7 +217,7 @@ def test_scan(rows, length, groups, heads, width, state, pieces, packed, gradien
     gradient=st.booleans(),
     numbers=st.data(),
 )
-def test_convolution(rows, length, groups, parts, skipped, taps, bias, packed, gradient, numbers, schedule, patch):
+def test_convolution(rows, length, groups, parts, skipped, taps, bias, packed, gradient, numbers, how, patch):
     del patch
     parts, skipped = tuple(64 * n for n in parts), 64 * skipped
     channels = sum(parts)
@@ -223,7 +244,7 @@ def test_convolution(rows, length, groups, parts, skipped, taps, bias, packed, g
     real = lambda found: [
         a[docs > 0] if a.shape[:2] == docs.shape and i < len(parts) else a for i, a in enumerate(found)
     ]
-    like_the_reference(schedule, run, values, 2e-2, real)
+    like_the_reference(how, run, values, 2e-2, real)
 
 
 @shapes(
@@ -235,7 +256,7 @@ def test_convolution(rows, length, groups, parts, skipped, taps, bias, packed, g
     cluster=some(1, 2),
     gradient=st.booleans(),
 )
-def test_experts(sizes, beyond, features, width, tile, cluster, gradient, schedule, patch):
+def test_experts(sizes, beyond, features, width, tile, cluster, gradient, how, patch):
     hypothesis.assume(sum(sizes) + beyond > 0)
     patch.setattr(expert_tuning, "tile_rows", lambda rows, experts: tile)
     patch.setattr(expert_tuning, "_cut", lambda rows, width: (128, cluster if rows == 128 else 1, 2))
@@ -251,16 +272,16 @@ def test_experts(sizes, beyond, features, width, tile, cluster, gradient, schedu
         y, back = jax.vjp(forward, *values)
         return y, *back(jnp.asarray(random(4, *y.shape)).astype(y.dtype))
 
-    like_the_reference(schedule, run, values, 1e-2)
+    like_the_reference(how, run, values, 1e-2)
 
 
 @shapes(rows=some(1, 20), asked=some(1, 60), width=some(1, 30))
-def test_rows_for_experts(rows, asked, width, schedule, patch):
+def test_rows_for_experts(rows, asked, width, how, patch):
     del patch
     x = as_bfloat16(random(0, rows, 64 * width))
     index = jnp.asarray(np.random.default_rng(1).integers(0, rows, asked), jnp.int32)
     run = lambda name, x: (gather_rows(x, index, implementation=name),)
-    like_the_reference(schedule, run, (x,), 0.0)
+    like_the_reference(how, run, (x,), 0.0)
 
 
 @shapes(
@@ -274,7 +295,7 @@ def test_rows_for_experts(rows, asked, width, schedule, patch):
     gradient=st.booleans(),
     numbers=st.data(),
 )
-def test_attention(rows, queries, keys, groups, share, packed, splits, gradient, numbers, schedule, patch):
+def test_attention(rows, queries, keys, groups, share, packed, splits, gradient, numbers, how, patch):
     """packed: whether heads share tiles, or the rule decides."""
     if packed < 2:
         patch.setattr(attention_tuning, "_PACKED", (np.inf, 0)[packed])
@@ -293,4 +314,4 @@ def test_attention(rows, queries, keys, groups, share, packed, splits, gradient,
         d_lse = jnp.where(jnp.isfinite(lse), random(9, *lse.shape), 0)
         return out, lse, *back((jnp.asarray(random(8, *out.shape)).astype(out.dtype), d_lse))
 
-    like_the_reference(schedule, run, values, [1e-2, 1e-5, 2e-2, 2e-2, 2e-2][: 5 if gradient else 2])
+    like_the_reference(how, run, values, [1e-2, 1e-5, 2e-2, 2e-2, 2e-2][: 5 if gradient else 2])
