@@ -139,7 +139,7 @@ def _compiled(choice: Choice, turns: Turns, table: Table, pool: ThreadPoolExecut
     for more in ({}, *choice.candidates):
         try:
             with using(merged(table, more)):
-                lowered = jax.jit(turns.program, donate_argnums=1).lower(turns.sets, turns.results())
+                lowered = jax.jit(turns.program, donate_argnums=1).lower(*turns.shapes())
         except Exception as error:  # the others may be lowered
             failed = Future()
             failed.set_exception(error)
@@ -153,13 +153,16 @@ def _seconds(choice: Choice, table: Table) -> list[float | None]:
     turns = turns_of(choice.case, "mosaic_gpu", peaks_of_card())
     with ThreadPoolExecutor() as pool:
         programs = list(_compiled(choice, turns, table, pool))
-    sets = inputs_of(choice.case, len(turns.sets))
+    sets = inputs_of(choice.case, turns.sets)
     seconds, wanted = [], None
     for program, more in zip(programs, ({}, *choice.candidates), strict=True):
         name = f"{choice.case.name} {json.dumps(more) if more else 'rule'}"
+        if more and wanted is None:  # nothing can be better than a rule that does not run
+            seconds.append(None)
+            continue
         try:
             run = program.result()
-            _, (given, *_) = run(sets, empty(turns.results()))
+            _, (given, *_) = run(sets, empty(turns.shapes()[1]))
             wanted = wanted or given
             found = errors(given, wanted)
             if not all(error <= 2 * ROUNDING for error in found):

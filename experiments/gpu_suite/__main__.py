@@ -4,8 +4,8 @@
         [--output experiments/results]
 
 Each kernel is compared with float32 at model shapes, then timed beside every alternative on the machine and beside the
-floor (bytes over bandwidth, operations over peak); then Nano 30B with random weights: prefill, decoding, memory. Needs
-jax with CUDA, flax, orbax, einops and jaxtyping, and no network.
+floor (bytes over bandwidth, operations over peak); then layers in sequence are compared with float32, and Nano 30B runs
+with random weights: prefill, decoding, memory. Needs jax with CUDA, flax, orbax, einops and jaxtyping, and no network.
 
 Each section runs in a process of its own with a share of the time: a kernel that hangs or breaks the GPU's context
 costs its section. Results so far are in the files at any moment, those of a section that runs in one of its own. Exit
@@ -23,7 +23,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from experiments.gpu_suite import operations, report, sections
 from experiments.gpu_suite.cases import IMPLEMENTATIONS
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command."""
     args = _arguments(argv)
     if args.run:
-        return _run_section(args)
+        _run_section(args)
     about = _about(args.tiny)
     if about is None:
         print("gpu_suite: JAX finds no NVIDIA GPU; --tiny runs the code in small on a CPU", file=sys.stderr)
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
 def _arguments(argv):
     parser = argparse.ArgumentParser(prog="python -m experiments.gpu_suite", description=__doc__.splitlines()[0])
     parser.add_argument("--sections", default=",".join(SECTIONS), help="by commas (default: %(default)s)")
-    parser.add_argument("--implementations", help="of operations to time, by commas (default: all of them)")
+    parser.add_argument("--implementations", default="", help="of operations to time, by commas (default: all)")
     parser.add_argument("--minutes", type=float, default=7.5, help="for everything (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=ROOT / "experiments/results", help="default: %(default)s")
     parser.add_argument("--tiny", action="store_true", help="small shapes on a CPU: for tests")
@@ -71,8 +71,9 @@ def _arguments(argv):
     parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     args.sections = args.sections.split(",")
-    timed = args.implementations.split(",") if args.implementations else []
-    for what, names, known in (("section", args.sections, SECTIONS), ("implementation", timed, IMPLEMENTATIONS)):
+    args.implementations = [name for name in args.implementations.split(",") if name]
+    asked = (("section", args.sections, SECTIONS), ("implementation", args.implementations, IMPLEMENTATIONS))
+    for what, names, known in asked:
         if unknown := set(names) - set(known):
             parser.error(f"unknown {what} {', '.join(sorted(unknown))}; known: {', '.join(known)}")
     try:
@@ -128,8 +129,8 @@ def _in_process(section: str, args: argparse.Namespace, seconds: float, path: Pa
     """The rows of a section, which are in the file while it runs; what it was at when it ended early is a row too."""
     path.touch()
     command = [sys.executable, "-m", "experiments.gpu_suite", "--run", section, "--rows", str(path.resolve())]
-    command += ["--minutes", str(seconds / 60)] + ["--tiny"] * args.tiny
-    command += ["--implementations", args.implementations] if args.implementations else []
+    command += [f"--minutes={max(0, seconds) / 60}", f"--implementations={','.join(args.implementations)}"]
+    command += ["--tiny"] * args.tiny
     environment, problem = _environment(args.tiny, section), None
     try:
         code = subprocess.run(command, env=environment, cwd=ROOT, timeout=max(1, seconds)).returncode
@@ -144,13 +145,12 @@ def _in_process(section: str, args: argparse.Namespace, seconds: float, path: Pa
     return rows
 
 
-def _run_section(args: argparse.Namespace) -> int:
-    timed = args.implementations.split(",") if args.implementations else None
+def _run_section(args: argparse.Namespace) -> NoReturn:
     with args.rows.open("a", encoding="utf-8", buffering=1) as out:
-        for row in sections.rows(args.run, args.tiny, 60 * args.minutes, timed):
+        for row in sections.rows(args.run, args.tiny, 60 * args.minutes, args.implementations):
             out.write(json.dumps(row) + "\n")
             print(args.run, {k: v for k, v in row.items() if k != "kind"}, flush=True)
-    return 0
+    os._exit(0)  # a compilation that still goes on has nobody who waits for it
 
 
 if __name__ == "__main__":

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import rooflines
 from nemojax import forward
 from nemojax.cache import init_cache
 from nemojax.config import Config
@@ -40,6 +40,7 @@ class Case(NamedTuple):
       implementations: names to try.
       work: of one call, forward.
       gradient: factor on the operations for the gradient and its forward pass, or None: forward only.
+      replaced: for some results, which argument of the next call they are.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Case(NamedTuple):
     implementations: tuple[str, ...]
     work: Work
     gradient: float | None = None
+    replaced: Mapping[int, int] = MappingProxyType({})
 
     def call(self, implementation: str) -> Callable[..., tuple]:
         """The function of the arrays that is checked and timed."""
@@ -123,11 +125,7 @@ def ssd_case(config: Config, batch: int, tokens: int, *, packed: bool = False, g
 
 
 def step_case(config: Config, batch: int, state_dtype: str = "float32") -> Case:
-    """A token of a Mamba-2 layer between its projections: the state is read and written.
-
-    Here its inputs are needed again, so the kernel, which overwrites the state, works on a copy: of what it takes, the
-    kernel's own line in the breakdown counts.
-    """
+    """A token of a Mamba-2 layer between its projections: the state is read and written, where it lies if it can be."""
     groups, heads, taps = config.n_groups, config.mamba_heads_per_group, config.conv_kernel
     keys, inner = config.ssm_state_size, config.mamba_heads_per_group * config.mamba_head_dim
     channels = inner + 2 * keys
@@ -151,7 +149,7 @@ def step_case(config: Config, batch: int, state_dtype: str = "float32") -> Case:
         shapes[0][1] * shapes[0][2] + 2 * config.mamba_inner
     )
     name = f"step, {batch * groups * heads:,} heads" + (f", {state_dtype}" if state_dtype != "float32" else "")
-    return Case(name, arrays, 8, run, FAST, Work(nbytes, 6 * size))
+    return Case(name, arrays, 8, run, FAST, Work(nbytes, 6 * size), replaced={2: 7})
 
 
 def projection_case(inputs: int, *outputs: int) -> Case:
@@ -312,23 +310,27 @@ def conv_case(config: Config, batch: int, tokens: int, *, packed: bool = False, 
 
 
 def model_case(config: Config, tokens: int) -> Case:
-    """A layer of each kind at the model's widths, in its order: logits of the last token of a prefill and of one more,
-    and the state after both."""
-    config = config.replace(pattern="ME*M")
+    """A layer of each kind at the model's widths: logits of the last tokens of a prefill and of tokens after it, one by
+    one, and the state after all. 64 of each: that an expert is chosen here and not there decides little.
+    """
+    config, rows, last = config.replace(pattern="ME*M"), 8, 8
 
     def arrays(key):
         params, ids = jax.random.split(key)
-        ids = jax.random.randint(ids, (1, tokens + 1), 1, config.vocab_size, jnp.int32)
+        ids = jax.random.randint(ids, (rows, tokens // rows + last), 1, config.vocab_size, jnp.int32)
         return jax.jit(lambda key: init_params(config, key))(params), ids
 
     def run(implementation, params, ids):
         exact = config.replace(dtype=params["embed"].dtype.name)  # the comparison is with float32
-        cache, logits = init_cache(exact, 1, tokens + 1), []
-        for call in (ids[:, :tokens], ids[:, tokens:]):
-            after = forward.backbone(params, call, None, cache, config=exact, implementation=implementation)
-            logits.append(forward.head(params, after.hidden[:, -1:], exact, implementation=implementation))
-            cache = after.cache
-        return (*logits, cache.layers)
 
-    work = Work(rooflines.weight_bytes(config, tokens), rooflines.prefill_flops(config, tokens))
-    return Case(f"layers {config.pattern}, {tokens:,} tokens and one", arrays, 1, run, FAST, work)
+        def call(cache, ids):
+            after = forward.backbone(params, ids, None, cache, config=exact, implementation=implementation)
+            logits = forward.head(params, after.hidden[:, -last:], exact, implementation=implementation)
+            return after.cache, logits
+
+        cache, logits = call(init_cache(exact, *ids.shape), ids[:, :-last])
+        cache, others = jax.lax.scan(call, cache, ids.T[-last:, :, None])
+        return logits, others, cache.layers
+
+    name = f"layers {config.pattern}, {rows} x {tokens // rows:,} tokens and {rows} x {last} one by one"
+    return Case(name, arrays, 1, run, FAST, Work(0, 0))

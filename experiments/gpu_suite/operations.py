@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import CancelledError, Executor
+from concurrent.futures import CancelledError, Executor, Future
 from typing import Any
 
 import jax
@@ -14,15 +14,7 @@ import jax.numpy as jnp
 
 from experiments.gpu_suite import breakdown
 from experiments.gpu_suite.cases import Case, Work
-from experiments.gpu_suite.timing import (
-    Program,
-    Turns,
-    compiled,
-    count_of_rounds,
-    count_of_sets,
-    device_seconds,
-    empty,
-)
+from experiments.gpu_suite.timing import Program, Turns, compiled, device_seconds, empty
 from experiments.rooflines import PEAK_FLOPS
 from nemojax.gpu_targets import GPUS
 
@@ -41,7 +33,7 @@ def check(case: Case, pool: Executor) -> Iterator[dict[str, Any]]:
 
     def reference():
         arrays = case.arrays(jax.random.key(1))
-        return arrays, jax.block_until_ready(exact.result().run(*_in_float32(arrays)))
+        return arrays, jax.block_until_ready(finished(exact).run(*_in_float32(arrays)))
 
     def rows():
         try:
@@ -51,7 +43,7 @@ def check(case: Case, pool: Executor) -> Iterator[dict[str, Any]]:
             return
         for name in names:
             row = {"kind": "check", "case": case.name, "implementation": name}
-            row = attempt(row, lambda name=name, limit=limit: _error(programs[name].result(), arrays, wanted, limit))
+            row = attempt(row, lambda name=name, limit=limit: _error(finished(programs[name]), arrays, wanted, limit))
             if name == "xla" and "error" in row:
                 limit = max(limit, 2 * row["error"])
             yield row
@@ -106,9 +98,7 @@ def least_seconds(case: Case, peaks: Work) -> float:
 def turns_of(case: Case, implementation: str, peaks: Work) -> Turns:
     """How a case is timed."""
     inputs = jax.eval_shape(case.arrays, jax.random.key(0))
-    sets = count_of_sets(sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(inputs)))
-    rounds = count_of_rounds(sets, least_seconds(case, peaks))
-    return Turns(case.call(implementation), [inputs] * sets, rounds)
+    return Turns.of(case.call(implementation), inputs, least_seconds(case, peaks), case.replaced)
 
 
 def inputs_of(case: Case, sets: int) -> list[tuple]:
@@ -120,29 +110,34 @@ def speed(case: Case, peaks: Work, pool: Executor) -> Iterator[dict[str, Any]]:
     """Device time of each implementation, and of its kernels. peaks: bytes and operations a second of the card."""
     turns = {name: turns_of(case, name, peaks) for name in case.implementations}
     programs = {name: pool.submit(own.compiled) for name, own in turns.items()}
-    floor = least_seconds(case, peaks)
 
     def rows():
         try:
-            sets = inputs_of(case, max(len(own.sets) for own in turns.values()))
+            sets = inputs_of(case, next(iter(turns.values())).sets)
         except Exception as error:  # as in `attempt`
             yield {"kind": "speed", "case": case.name, "implementation": "inputs", "failed": reason(error)}
             return
         for name, own in turns.items():
             row = {"kind": "speed", "case": case.name, "implementation": name}
-            yield attempt(row, lambda name=name, own=own: _timed(own, programs[name].result(), sets, floor))
+            yield attempt(row, lambda name=name, own=own: _timed(own, finished(programs[name]), sets, case, peaks))
 
     return rows()
 
 
-def _timed(turns: Turns, program: Program, sets: list[tuple], floor: float) -> dict[str, Any]:
+def _timed(turns: Turns, program: Program, sets: list[tuple], case: Case, peaks: Work) -> dict[str, Any]:
     seconds = device_seconds(turns, program.run, sets)
+    before = empty(turns.shapes()[1])
     return {
-        "kernels": breakdown.kernels(program.run, sets, empty(turns.results()), calls=turns.calls),
+        "kernels": breakdown.kernels(program.run, sets, before, calls=turns.all_calls),
         "seconds": seconds,
         "compile_seconds": program.compile_seconds,
-        "floor_seconds": floor,
+        "floor_seconds": least_seconds(case, peaks),
     }
+
+
+def finished(program: Future) -> Program:
+    """Of a pool, or TimeoutError or CancelledError where it is not compiled yet: nobody waits here."""
+    return program.result(timeout=0)
 
 
 def attempt(row: dict[str, Any], run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -155,6 +150,6 @@ def attempt(row: dict[str, Any], run: Callable[[], dict[str, Any]]) -> dict[str,
 
 def reason(error: Exception) -> str:
     """The kind of error and the first line of its message, which may be empty."""
-    if isinstance(error, CancelledError):
+    if isinstance(error, (CancelledError, TimeoutError)):
         return "no time was left to compile it"
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"

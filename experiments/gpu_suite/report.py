@@ -55,20 +55,21 @@ def _speeds(rows):
     for row in speeds:
         floor = floors.get(row["case"])
         if "seconds" not in row:
-            body.append([row["case"], row["implementation"], row.get("absent", "failed"), "", "", ""])
+            body.append([row["case"], row["implementation"], row.get("absent", "failed"), *[""] * 4])
             continue
         share = f"{floor / row['seconds']:.0%}" if floor else ""
         compiled = f"{row['compile_seconds']:.1f} s" if "compile_seconds" in row else ""
-        times = [_time(row["seconds"]), _time(floor) if floor else "", share, compiled]
+        kernels = _time(sum(kernel["seconds"] for kernel in row["kernels"])) if row.get("kernels") else ""
+        times = [_time(row["seconds"]), kernels, _time(floor) if floor else "", share, compiled]
         body.append([row["case"], row["implementation"], *times])
-    head = ["operation", "implementation", "time", "floor", "of the floor", "compile"]
+    head = ["operation", "implementation", "time", "its kernels", "floor", "of the floor", "compile"]
     return _table(head, sorted(body, key=lambda row: list(floors).index(row[0]) if row[0] in floors else len(floors)))
 
 
 def _model(rows):
     body = []
     for row in rows:
-        if row["kind"] != "model" or "seconds" not in row:
+        if row["kind"] != "model" or "seconds" not in row or "failed" in row:
             continue
         floor = row.get("floor_seconds")
         memory = f"{row['peak_bytes'] / 1e9:.1f} GB" if "peak_bytes" in row else ""

@@ -1,9 +1,10 @@
 """Device time of an operation.
 
-A program calls it on several sets of inputs, larger together than the L2, one call after the other, and goes through
-the sets until the device has more to do than the host. The program is put into the queue once, and then a few more
-times; the difference in time, divided by the calls that were added, is what a call takes on the device: dispatch,
-transfers and the wait at the end are in both. Compilation is apart.
+A program calls it on several sets of inputs, larger together than the L2, one call after the other, round after round:
+for so long that starting the program does not count. The program is put into the queue once, and then a few more times;
+the difference in time, divided by the calls that were added, is what a call takes on the device: what starts and ends a
+program is in both. Compilation is apart. Where kernels are shorter than the host takes to launch them, its time is in:
+the report has what the profiler says of them beside it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +21,8 @@ import jax.numpy as jnp
 CACHE = 50e6  # bytes of the L2 of an H100 or H200
 MOST = 6e9  # bytes of inputs
 REPEATS = 5
-SETS = 8  # at the most: for each there is a call to compile
+CALLS = 8  # of a round, at the most: each is compiled
+ROUND = 1e-4  # seconds of a round, at whose end a kernel of XLA's counts it, in 1 or 2 us
 QUEUE = 5e-4  # seconds of work that a program should bring, several times what starting it takes the host
 QUICKEST = 2e-6  # seconds of a call, whatever it does
 
@@ -39,49 +41,56 @@ def compiled(function: Callable, *inputs: Any, **options: Any) -> Program:
     return Program(program, time.perf_counter() - began)
 
 
-def count_of_sets(nbytes: float) -> int:
-    """How many sets of inputs: too many for the cache, and no more than the memory should hold."""
-    sets = max(2 * CACHE / max(nbytes, 1), 2)
-    return int(max(1, min(sets, SETS, MOST // max(nbytes, 1))))
-
-
-def count_of_rounds(sets: int, expected: float) -> int:
-    """How often a program goes through its sets, if a call takes `expected` seconds at the least."""
-    return math.ceil(QUEUE / (sets * max(expected, QUICKEST)))
-
-
 class Turns(NamedTuple):
     """Calls on sets of inputs in turn.
 
     Attributes:
-      run: `run(*inputs)` is a call.
-      sets: shapes of the inputs, set by set. rounds: how often each is taken.
+      run: `run(*inputs)` is a call. inputs: their shapes.
+      sets: of inputs. calls: in a round. rounds: in a program.
+      replaced: for some results, which argument of the next call on the same set they are: what a kernel overwrites.
     """
 
     run: Callable
-    sets: list[tuple]
+    inputs: tuple
+    sets: int
+    calls: int
     rounds: int
+    replaced: dict[int, int]
+
+    @classmethod
+    def of(cls, run: Callable, inputs: tuple, expected: float, replaced: dict[int, int] | None = None) -> Turns:
+        """For calls of `expected` seconds at the least: enough sets for the cache and no more than the memory holds."""
+        nbytes = max(1, sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(inputs)))
+        sets = int(max(1, min(max(2 * CACHE / nbytes, 2), CALLS, MOST // nbytes)))
+        expected = max(expected, QUICKEST)
+        calls = max(sets, min(CALLS, math.ceil(ROUND / expected)))
+        return cls(run, inputs, sets, calls, math.ceil(QUEUE / (calls * expected)), replaced or {})
 
     @property
-    def calls(self) -> int:
+    def all_calls(self) -> int:
         """Of a program."""
-        return self.rounds * len(self.sets)
+        return self.calls * self.rounds
+
+    def shapes(self) -> tuple[list[tuple], tuple]:
+        """Of what a program takes: the sets, and the results of the program before, which it overwrites."""
+        results = jax.eval_shape(self.run, *self.inputs)
+        return [self.inputs] * self.sets, (jax.ShapeDtypeStruct((), jnp.int32), [results] * self.calls)
 
     def compiled(self) -> Program:
-        """The program: a function of the sets and of what the program before has given, which it overwrites."""
-        return compiled(self.program, self.sets, self.results(), donate_argnums=1)
+        """The program."""
+        return compiled(self.program, *self.shapes(), donate_argnums=1)
 
-    def results(self) -> tuple:
-        """The shapes of what a program gives."""
-        return jax.ShapeDtypeStruct((), jnp.int32), [jax.eval_shape(self.run, *inputs) for inputs in self.sets]
-
-    def program(self, sets: Sequence[tuple], before: tuple) -> tuple:
-        """See `compiled`; before: like `results`."""
+    def program(self, sets: list[tuple], before: tuple) -> tuple:
+        """See above; the results are like `before`."""
         run = jax.jit(self.run)  # lowered once for all calls
 
         def one_round(_, before):
-            turn, results = before[0], []
-            for inputs in sets:
+            turn, earlier = before
+            results = []
+            for number, own in enumerate(earlier):
+                inputs = list(sets[number % len(sets)])
+                for result, argument in self.replaced.items():
+                    inputs[argument] = own[result]
                 # A call waits for the one before, of this round or of the last: XLA sees that it needs `turn`, and not
                 # that nobody changes it.
                 inputs, results[-1:], turn = jax.lax.optimization_barrier((inputs, results[-1:], turn))
@@ -103,7 +112,7 @@ def device_seconds(turns: Turns, program: Callable, sets: list[tuple], launches:
       program: of `turns`, compiled. sets: its inputs.
       launches: by how many programs the longer queue is longer.
     """
-    after = jax.block_until_ready(program(sets, empty(turns.results())))
+    after = jax.block_until_ready(program(sets, empty(turns.shapes()[1])))
     added = []
     for _ in range(REPEATS):
         walls = []
@@ -113,5 +122,5 @@ def device_seconds(turns: Turns, program: Callable, sets: list[tuple], launches:
                 after = program(sets, after)
             jax.block_until_ready(after)
             walls.append(time.perf_counter() - began)
-        added.append((walls[0] - walls[1]) / (launches * turns.calls))
+        added.append((walls[0] - walls[1]) / (launches * turns.all_calls))
     return statistics.median(added)

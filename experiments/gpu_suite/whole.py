@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from experiments import rooflines
 from experiments.gpu_suite import breakdown
 from experiments.gpu_suite.cases import Work
-from experiments.gpu_suite.operations import attempt
+from experiments.gpu_suite.operations import attempt, finished
 from experiments.gpu_suite.timing import compiled
 from nemojax import forward
 from nemojax.cache import Cache, init_cache
@@ -38,10 +38,10 @@ def rows(
         params = jax.block_until_ready(_random(shapes))
         yield {"kind": "model", "case": "random weights", "seconds": time.perf_counter() - began, **_memory()}
         name = {"kind": "model", "case": f"prefill of {tokens:,} tokens"}
-        yield attempt(name, lambda: _prefill(config, prefill.result(), params, tokens, peaks))
+        yield attempt(name, lambda: _prefill(config, finished(prefill), params, tokens, peaks))
         for batch, program in decode.items():
             name = {"kind": "model", "case": f"decode at batch {batch}, context {tokens:,}"}
-            one = lambda batch=batch, program=program: _decode(config, program.result(), params, batch, tokens, peaks)
+            one = lambda batch=batch, program=program: _decode(config, finished(program), params, batch, tokens, peaks)
             yield attempt(name, one)
 
     return run()
@@ -67,7 +67,7 @@ def _memory() -> dict[str, int]:
 
 
 def _numbers(results: Any) -> dict[str, str]:
-    """What is to be said of them: a time of results that are no numbers is none."""
+    """What is to be said of them: a row with it has failed, whatever its time."""
     finite = all(bool(jnp.isfinite(a).all()) for a in jax.tree.leaves(results) if jnp.issubdtype(a.dtype, jnp.floating))
     return {} if finite else {"failed": "results are not finite"}
 

@@ -1,9 +1,11 @@
 """The GPU suite, as far as a CPU can tell: arithmetic, timer, what it makes of wrong numbers and dead processes."""
 
 import json
+import re
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from concurrent.futures import Executor, Future
 from pathlib import Path
 
 import jax
@@ -75,44 +77,84 @@ def test_a_head_that_is_the_embedding_is_read_too():
 # ------------------------------------------------------------------------------------------------------ timer
 
 
-def timed(run, sets, rounds, launches=4):
-    turns = timing.Turns(run, [jax.eval_shape(lambda *a: a, *inputs) for inputs in sets], rounds)
+def timed(run, sets, calls, rounds, launches=4, **options):
+    turns = timing.Turns(run, jax.eval_shape(lambda *a: a, *sets[0]), len(sets), calls, rounds, options)
     return timing.device_seconds(turns, turns.compiled().run, sets, launches)
 
 
 def test_a_product_of_64_times_the_work_takes_longer():
     def seconds(size):
         sets = [(jax.random.normal(jax.random.key(i), (size, size)),) for i in range(2)]
-        return timed(lambda a: (a @ a,), sets, rounds=2)
+        return timed(lambda a: (a @ a,), sets, calls=2, rounds=2)
 
     assert seconds(1024) > 8 * seconds(256) > 0
+
+
+RUNS = 1 + timing.REPEATS * (3 + 1)  # of a program that is launched twice more
 
 
 def test_every_call_runs():
     """Calls on equal inputs are not made one, none is dropped, and the rounds of a program are not made one."""
     ran = []
     count = lambda a: jax.pure_callback(lambda a: ran.append(float(a[0])) or a, a, a)
-    timed(count, [(jnp.ones(3),), (jnp.zeros(3),)], rounds=3, launches=2)
-    assert ran == [1, 0] * 3 * (1 + timing.REPEATS * (3 + 1))
+    timed(count, [(jnp.ones(3),), (jnp.zeros(3),)], calls=3, rounds=2, launches=2)
+    assert ran == [1, 0, 1] * 2 * RUNS
+
+
+def test_a_result_that_replaces_an_argument_is_that_of_the_round_before(monkeypatch):
+    """As a state does in decoding; from one program to the next too."""
+    monkeypatch.setattr(timing, "empty", lambda shapes: jax.tree.map(lambda a: jnp.ones(a.shape, a.dtype), shapes))
+    seen = []
+    step = lambda x, state: (x, jax.pure_callback(lambda a: seen.append(int(a[0])) or a + 1, state, state))
+    turns = timing.Turns(step, (jnp.ones(2), jnp.ones(2)), 1, 2, 3, {1: 1})
+    timing.device_seconds(turns, turns.compiled().run, [(jnp.ones(2), jnp.ones(2))], launches=2)
+    assert seen == [n for n in range(1, 3 * RUNS + 1) for _ in range(2)]
 
 
 @pytest.mark.parametrize(
-    "nbytes, expected, sets, rounds",
-    [(10, 1e-5, 8, 7), (0, 0, 8, 32), (3e7, 1e-5, 3, 17), (1e9, 1e-2, 2, 1), (4e9, 1, 1, 1)],
+    "nbytes, expected, sets, calls, rounds",
+    [(16, 1e-5, 8, 8, 7), (0, 0, 8, 8, 32), (3e7, 3e-5, 3, 4, 5), (1e9, 1e-2, 2, 2, 1), (4e9, 1, 1, 1, 1)],
 )
-def test_sets_of_inputs(nbytes, expected, sets, rounds):
+def test_sets_of_inputs(nbytes, expected, sets, calls, rounds):
     """More than the L2, enough work to hide the host, and no more memory than there is."""
-    assert timing.count_of_sets(nbytes) == sets
-    assert timing.count_of_rounds(sets, expected) == rounds
+    turns = timing.Turns.of(abs, (jax.ShapeDtypeStruct((int(nbytes),), jnp.int8),), expected)
+    assert (turns.sets, turns.calls, turns.rounds) == (sets, calls, rounds)
+
+
+@pytest.mark.parametrize(
+    "case, kernel",
+    [(cases.step_case(NANO, 16), "mamba_step"), (cases.projection_case(2688, 4096), "matvec_rows")],
+    ids=["overwrites-its-state", "only-reads"],
+)
+def test_a_gpu_does_nothing_but_the_calls(case, kernel):
+    pytest.importorskip("jax_cuda13_plugin")
+    from experiments.h100_compiler import compile_for_h100
+
+    turns = operations.turns_of(case, "mosaic_gpu", H100)
+    program = compile_for_h100(turns.program, *turns.shapes(), donate=(1,))
+    assert program.calls == {kernel: turns.calls}
+    assert re.findall(r'known_trip_count":{"n":"(\d+)"', program.hlo) == [str(turns.rounds)]
+    assert re.findall(r" = (\S+) copy\(", program.hlo) == ["s32[]"]
 
 
 # --------------------------------------------------------------------------------------------- what goes wrong
 
 
-@pytest.fixture(scope="module")
+class AtOnce(Executor):
+    """Nothing is left to be done when a task has been submitted."""
+
+    def submit(self, task, *arguments):
+        done = Future()
+        try:
+            done.set_result(task(*arguments))
+        except Exception as error:
+            done.set_exception(error)
+        return done
+
+
+@pytest.fixture
 def pool():
-    with ThreadPoolExecutor(2) as pool:
-        yield pool
+    return AtOnce()
 
 
 def case(kernel, gradient=None):
@@ -188,11 +230,21 @@ def test_a_section_that_takes_too_long_is_stopped(tmp_path):
     assert row["case"] == "experts" and row["failed"].startswith("stopped after 1 s")
 
 
-def test_what_is_not_compiled_in_time_is_left_out():
-    """What is runs: here one program, which was being compiled when the time was up."""
-    rows = list(sections.rows("ssd", True, 0.0))
-    late = [row for row in rows if row.get("failed") == "no time was left to compile it"]
-    assert len(late) >= len(rows) - 4 > 4 and rows.index(late[0]) <= 2
+def test_what_is_not_compiled_in_time_is_left_out(monkeypatch):
+    """And nobody waits for it."""
+    begun, ended = threading.Event(), threading.Event()
+    monkeypatch.setattr(operations, "compiled", lambda *a: begun.set() or ended.wait(60))
+    monkeypatch.setattr(timing, "compiled", lambda *a, **k: begun.set() or ended.wait(60))
+    rows = list(sections.rows("token", True, 0.0, []))
+    ended.set()
+    checks, speeds = sections.operation_cases({"nano": sections.TINY}, 256, 512)["token"]
+    assert begun.is_set() and [row["case"] for row in rows] == [case.name for case in (*checks, *speeds)]
+    assert {row["failed"] for row in rows} == {"no time was left to compile it"}
+
+
+def test_what_is_not_asked_for_is_not_timed():
+    rows = list(sections.rows("ssd", True, 600.0, ["cudnn"]))
+    assert {row["kind"] for row in rows} == {"check"} and not report.failures(rows)
 
 
 @pytest.mark.parametrize("row, status", [({"failed": "died"}, 1), ({"ok": True, "error": 0.0, "limit": 1.0}, 0)])
@@ -255,9 +307,8 @@ def test_all_of_a_section_and_its_files(tmp_path):
     assert all(c.name in text for c in (*checks, *speeds)) and "torch is not installed" in text
 
 
-def test_the_whole_model():
-    with ThreadPoolExecutor(2) as two:
-        rows = list(whole.rows(sections.TINY, 32, (1, 3), ANY, two))
+def test_the_whole_model(pool):
+    rows = list(whole.rows(sections.TINY, 32, (1, 3), ANY, pool))
     assert [row["case"] for row in rows[1:]] == [
         "prefill of 32 tokens",
         "decode at batch 1, context 32",
@@ -269,15 +320,20 @@ def test_the_whole_model():
 
 def test_a_time_of_results_that_are_no_numbers_is_a_failure():
     assert whole._numbers({"ids": jnp.ones(3, jnp.int32), "logits": jnp.ones(3)}) == {}
-    row = {"kind": "model", "case": "prefill"} | whole._numbers([jnp.array([1.0, jnp.inf])])
-    assert report.failures([row]) == ["prefill: results are not finite"]
+    row = {"kind": "model", "case": "prefill", "seconds": 1.0} | whole._numbers([jnp.array([1.0, jnp.inf])])
+    assert report.failures([row]) == ["prefill: results are not finite"] and not report._model([row])
 
 
-@pytest.mark.parametrize("section", ["ssd", "attention", "token", "model"])
-def test_operations_agree_with_float32(section, pool):
+@pytest.mark.parametrize(
+    "section, most",
+    [("ssd", 0.0078), ("attention", 0.0078), ("token", 0.0078), ("model", 0.02)],
+    ids=["ssd", "attention", "token", "model"],
+)
+def test_operations_agree_with_float32(section, most, pool):
+    """Up to two roundings of bfloat16, in a sequence of layers some more."""
     for tiny in sections.operation_cases({"nano": sections.TINY}, 256, 512)[section][0]:
         (row,) = operations.check(tiny._replace(implementations=("xla",)), pool)
-        assert row["ok"] and row["error"] < 0.0078, row
+        assert row["ok"] and row["error"] < most, row
 
 
 def test_it_needs_little():

@@ -1,6 +1,9 @@
 """Which implementation None means, for which device, and what the log says about it."""
 
+import importlib
 import logging
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +14,7 @@ from kernel_cases import as_bfloat16, random
 from pallas_kernels import choice
 from pallas_kernels.flash_attention import cudnn, flash_attention, xla
 
+ROOT = Path(__file__).parents[2]
 HOPPER = ["NVIDIA H100 80GB HBM3", "NVIDIA GH200 480GB", "NVIDIA H200"]
 OTHER = ["NVIDIA A100-SXM4-80GB", "NVIDIA B200", "cpu"]
 
@@ -117,3 +121,13 @@ def test_cudnn_by_name_has_no_gradient_of_the_log_sum_exp():
     with pytest.raises(NotImplementedError, match="gradient of the log-sum-exp"):
         jax.grad(lambda lse: cudnn._without_gradient(lse).sum())(lse)
     assert not jax.grad(lambda x: (x * 0 + cudnn._without_gradient(lse)).sum())(lse).any()
+
+
+@pytest.mark.parametrize("file", sorted(ROOT.glob("pallas_kernels/*/api.py")), ids=lambda file: file.parent.name)
+def test_what_is_imported_late_is_there(file):
+    """Else only a Hopper GPU would miss it."""
+    modules = importlib.import_module(f"pallas_kernels.{file.parent.name}.api")
+    used = re.findall(r"\b(mosaic_\w+)\.(\w+)", file.read_text())
+    assert used
+    for module, name in used:
+        assert hasattr(importlib.import_module(vars(modules)[module]._module), name), f"{module}.{name}"
