@@ -165,7 +165,7 @@ def _seconds(choice: Choice, table: Table) -> list[float | None]:
             _, (given, *_) = run(sets, empty(turns.shapes()[1]))
             wanted = wanted or given
             found = errors(given, wanted)
-            if not all(error <= 2 * ROUNDING for error in found):
+            if not all(error <= choice.case.roundings * ROUNDING for error in found):
                 raise ArithmeticError(f"differs from the rule by {', '.join(f'{error:.1e}' for error in found)}")
             took = device_seconds(turns, run, sets)
         except Exception as error:  # too large, say: the others may run

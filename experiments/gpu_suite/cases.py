@@ -41,6 +41,7 @@ class Case(NamedTuple):
       work: of one call, forward.
       gradient: factor on the operations for the gradient and its forward pass, or None: forward only.
       replaced: for some results, which argument of the next call they are.
+      roundings: of bfloat16, by which a result may be off.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Case(NamedTuple):
     work: Work
     gradient: float | None = None
     replaced: Mapping[int, int] = MappingProxyType({})
+    roundings: int = 2
 
     def call(self, implementation: str) -> Callable[..., tuple]:
         """The function of the arrays that is checked and timed."""
@@ -309,15 +311,15 @@ def conv_case(config: Config, batch: int, tokens: int, *, packed: bool = False, 
     return Case(name, arrays, 4 if packed else 3, run, FAST, work, 1.5 if gradient else None)
 
 
-def model_case(config: Config, tokens: int) -> Case:
-    """A layer of each kind at the model's widths: logits of the last tokens of a prefill and of tokens after it, one by
-    one, and the state after all. 64 of each: that an expert is chosen here and not there decides little.
+def model_case(config: Config, tokens: int, last: int) -> Case:
+    """Layers of each kind at the model's widths: logits of the last tokens of a prefill and of as many after it, one by
+    one, and the state at the end. Of many tokens: where a rounding decides which expert is chosen, it is for one.
     """
-    config, rows, last = config.replace(pattern="ME*M"), 8, 8
+    config = config.replace(pattern="ME*M")
 
     def arrays(key):
         params, ids = jax.random.split(key)
-        ids = jax.random.randint(ids, (rows, tokens // rows + last), 1, config.vocab_size, jnp.int32)
+        ids = jax.random.randint(ids, (1, tokens + last), 1, config.vocab_size, jnp.int32)
         return jax.jit(lambda key: init_params(config, key))(params), ids
 
     def run(implementation, params, ids):
@@ -328,9 +330,9 @@ def model_case(config: Config, tokens: int) -> Case:
             logits = forward.head(params, after.hidden[:, -last:], exact, implementation=implementation)
             return after.cache, logits
 
-        cache, logits = call(init_cache(exact, *ids.shape), ids[:, :-last])
-        cache, others = jax.lax.scan(call, cache, ids.T[-last:, :, None])
+        cache, logits = call(init_cache(exact, *ids.shape), ids[:, :tokens])
+        cache, others = jax.lax.scan(call, cache, ids.T[tokens:, :, None])
         return logits, others, cache.layers
 
-    name = f"layers {config.pattern}, {rows} x {tokens // rows:,} tokens and {rows} x {last} one by one"
-    return Case(name, arrays, 1, run, FAST, Work(0, 0))
+    name = f"layers {config.pattern}, {tokens:,} tokens and {last} one by one"
+    return Case(name, arrays, 1, run, FAST, Work(0, 0), roundings=16)

@@ -24,7 +24,7 @@ ROUNDING = 2.0**-8  # of bfloat16
 def check(case: Case, pool: Executor) -> Iterator[dict[str, Any]]:
     """Each implementation on bfloat16 against plain JAX in float32: relative error of the worst output (2-norm).
 
-    The limit is twice the error of plain JAX in bfloat16, or twice a bfloat16 rounding if that is more.
+    The limit is twice the error of plain JAX in bfloat16, or the case's if that is more.
     """
     names = sorted(case.implementations, key=lambda name: name != "xla")
     inputs = jax.eval_shape(case.arrays, jax.random.key(1))
@@ -37,7 +37,7 @@ def check(case: Case, pool: Executor) -> Iterator[dict[str, Any]]:
 
     def rows():
         try:
-            (arrays, wanted), limit = reference(), 2 * ROUNDING
+            (arrays, wanted), limit = reference(), case.roundings * ROUNDING
         except Exception as error:  # as in `attempt`
             yield {"kind": "check", "case": case.name, "implementation": "float32", "failed": reason(error)}
             return

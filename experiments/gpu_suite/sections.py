@@ -101,7 +101,7 @@ def operation_cases(model: dict[str, Config], tokens: int, context: int) -> dict
         "attention": _attention(nano, tokens, context),
         "experts": _experts(nano, latent, tokens),
         "token": _token(nano, wide),
-        "model": ([cases.model_case(nano, tokens // 4)], []),
+        "model": ([cases.model_case(nano, tokens // 4, tokens // 128)], []),
     }
 
 

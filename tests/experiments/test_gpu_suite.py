@@ -324,16 +324,11 @@ def test_a_time_of_results_that_are_no_numbers_is_a_failure():
     assert report.failures([row]) == ["prefill: results are not finite"] and not report._model([row])
 
 
-@pytest.mark.parametrize(
-    "section, most",
-    [("ssd", 0.0078), ("attention", 0.0078), ("token", 0.0078), ("model", 0.02)],
-    ids=["ssd", "attention", "token", "model"],
-)
-def test_operations_agree_with_float32(section, most, pool):
-    """Up to two roundings of bfloat16, in a sequence of layers some more."""
+@pytest.mark.parametrize("section", ["ssd", "attention", "token", "model"])
+def test_operations_agree_with_float32(section, pool):
     for tiny in sections.operation_cases({"nano": sections.TINY}, 256, 512)[section][0]:
         (row,) = operations.check(tiny._replace(implementations=("xla",)), pool)
-        assert row["ok"] and row["error"] < most, row
+        assert row["ok"] and row["error"] < (0.02 if section == "model" else 0.0078), row
 
 
 def test_it_needs_little():
