@@ -47,7 +47,8 @@ def experts(config: Config, tokens: int) -> Choice:
     columns = (128, 192, 256)
     one_slot_for_a_stage = [(192, 128, (2, 1)), (192, 192, (2, 1)), (192, 256, (2, 1)), (256, 256, (2, 1))]
     sizes = [*itertools.product(columns, columns, ((1, 2), (2, 2))), *one_slot_for_a_stage]
-    keys = [f"128,{width}" for width in (config.moe_intermediate_size, config.expert_width)]
+    inner, outer = config.moe_intermediate_size, config.expert_width
+    keys = [f"128,{outer},{inner}", f"128,{inner},{outer}"]
     tables = (
         {"expert_mlp columns": dict(zip(keys, ([up, *others], [down, *others]), strict=True))}
         for up, down, others in sizes

@@ -208,7 +208,7 @@ def _powers_of_two(first, count):
 def to_tiles(rows, weights, plan: Plan, activation: Callable) -> jax.Array:
     """`activation(rows @ weights[e]^T)` as tiles: rows [R, K], weights [E, N, K] -> [tiles * tile rows, N]."""
     _, width, depth = weights.shape
-    blocks = tuning.blocks(plan.rows, width)
+    blocks = tuning.blocks(plan.rows, depth, width)
     columns, clusters, size = blocks.column_blocks(width), hopper.SMS // blocks.cluster, min(blocks.rows, MATRIX_ROWS)
 
     def expert_mlp_to_tiles(table, count, order, weights, rows, out, ring, slots):
@@ -243,7 +243,7 @@ def to_rows(tiles, weights, plan: Plan, scale, dtype) -> jax.Array:
     """
     _, depth, width = weights.shape
     dtype = jnp.dtype(dtype)
-    blocks = tuning.blocks(plan.rows, width, beside=1)
+    blocks = tuning.blocks(plan.rows, depth, width, beside=1)
     columns, clusters, height = blocks.column_blocks(width), hopper.SMS // blocks.cluster, scale.shape[0]
     scale = jnp.pad(scale, (0, blocks.rows + MATRIX_ROWS))  # a tile is read whole
 
@@ -283,7 +283,7 @@ def per_expert(tiles, rows, plan: Plan, experts: int) -> jax.Array:
     multiplied by such zeros. Zero for experts without rows.
     """
     (_, height), (_, width) = tiles.shape, rows.shape
-    blocks = tuning.blocks(2 * MATRIX_ROWS, width)
+    blocks = tuning.blocks(2 * MATRIX_ROWS, 0, width)
     bands, columns = pl.cdiv(height, blocks.rows), blocks.column_blocks(width)
 
     def expert_mlp_per_expert(groups, tiles, rows, out, ring, slots):

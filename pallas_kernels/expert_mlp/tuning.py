@@ -60,16 +60,17 @@ def tile_rows(rows: int, experts: int) -> int:
     return next((size for size in (16, 32, 64) if span <= size), 128)
 
 
-def blocks(rows: int, width: int, beside: int = 0) -> Blocks:
+def blocks(rows: int, depth: int, width: int, beside: int = 0) -> Blocks:
     """Blocks of a product with `width` columns from tiles of that many rows.
 
     Stages come first, then slots above the fewest: with one for each piece, none is waited for.
 
+    depth: terms of a sum; 0 where only the device knows.
     beside: room for so many more pieces that each consumer needs.
     """
     # A copy has no index along an axis of one swizzled row: nothing may be behind the first.
     one_slab = (DEPTH, 1, 2) if width == DEPTH else None
-    columns, cluster, fewest = one_slab or tuned("expert_mlp columns", rows, width) or _cut(rows, width)
+    columns, cluster, fewest = one_slab or tuned("expert_mlp columns", rows, depth, width) or _cut(rows, width)
     piece = Blocks(rows, columns, 0).consumers * MATRIX_ROWS * 2 * DEPTH
     stage = 2 * DEPTH * (max(MATRIX_ROWS, rows) + columns)
     room = SHARED_MEMORY - RESERVED - beside * piece

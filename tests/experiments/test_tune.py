@@ -31,8 +31,8 @@ def blocks():
     """What the kernels of Nano would take at 8,192 tokens."""
     heads, groups = NANO.num_attention_heads, NANO.num_key_value_heads
     return (
-        experts.blocks(128, NANO.moe_intermediate_size),
-        experts.blocks(128, NANO.hidden_size, beside=1),
+        experts.blocks(128, NANO.hidden_size, NANO.moe_intermediate_size),
+        experts.blocks(128, NANO.moe_intermediate_size, NANO.hidden_size, beside=1),
         attention.forward(1, 8192, 8192, heads, groups),
         attention.backward(1, 8192, 8192, heads, groups, False),
         matvec.by_rows([(1, 4096), (1, 256), (1, 256)], 2688),

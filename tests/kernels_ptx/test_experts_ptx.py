@@ -48,7 +48,7 @@ def test_experts(sizes):
 @pytest.mark.parametrize("slots", [1, 2])
 def test_more_pieces_than_slots(slots, monkeypatch):
     """A piece of 64 columns waits for what left its slot before; some rows leave as a whole, others in part."""
-    monkeypatch.setattr(tuning, "blocks", lambda rows, width, beside=0: tuning.Blocks(rows, 256, 2, slots, 2))
+    monkeypatch.setattr(tuning, "blocks", lambda rows, depth, width, beside=0: tuning.Blocks(rows, 256, 2, slots, 2))
     values, sizes = arguments(203, 3, features=192), jnp.array([70, 0, 130], jnp.int32)
     run = lambda name, *a: expert_mlp(*a, sizes, implementation=name)
     found = on_the_machine(functools.partial(run, "mosaic_gpu"), *values, kernels=[TO_TILES, TO_ROWS])
@@ -154,7 +154,7 @@ def test_an_edited_kernel_breaks_a_law(edit, law, monkeypatch):
 @pytest.mark.parametrize("shape", [dict(features=64), dict(width=64)], ids=["features", "width"])
 def test_an_index_that_a_copy_does_not_have(shape, monkeypatch):
     """Blocks of 128 columns, of which an array with 64 has no second half."""
-    monkeypatch.setattr(tuning, "blocks", lambda rows, width, beside=0: tuning.Blocks(rows, 128, 3))
+    monkeypatch.setattr(tuning, "blocks", lambda rows, depth, width, beside=0: tuning.Blocks(rows, 128, 3))
     values, sizes = arguments(22, 3, **shape), jnp.array([5, 0, 17], jnp.int32)
     with pytest.raises(laws.IndexDropped), kernels_on_the_machine():
         jax.block_until_ready(expert_mlp(*values, sizes, implementation="mosaic_gpu"))

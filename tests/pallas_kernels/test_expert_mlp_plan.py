@@ -74,7 +74,7 @@ def test_blocks_take_turns(blocks, which):
 @pytest.mark.parametrize("rows", [8, 16, 32, 64, 128])
 @pytest.mark.parametrize("width", [64, 1024, 1856, 2048, 2688, 5120])
 def test_blocks_fill_shared_memory_and_no_more(rows, width):
-    blocks = tuning.blocks(rows, width, beside=1)
+    blocks = tuning.blocks(rows, 1024, width, beside=1)
     stage, piece = 2 * 64 * (max(64, rows) + blocks.columns), 128 * (128 if rows > 64 else 64)
     used = blocks.stages * stage + (blocks.slots + 1) * piece
     assert blocks.stages >= 3 and used + 1024 <= tuning.SHARED_MEMORY
@@ -83,9 +83,10 @@ def test_blocks_fill_shared_memory_and_no_more(rows, width):
 
 
 def test_one_slot_leaves_room_for_another_stage():
-    with tuned.using({"expert_mlp columns": {"128,1856": [192, 2, 1]}}):
-        found = tuning.blocks(128, 1856)
-    assert (found.stages, found.slots) == (tuning.blocks(128, 1856).stages + 1, 1)
+    with tuned.using({"expert_mlp columns": {"128,2688,1856": [192, 2, 1]}}):
+        found = tuning.blocks(128, 2688, 1856)
+        assert tuning.blocks(128, 1024, 1856) == tuning.blocks(128, 0, 1856) != found  # another model's
+    assert (found.stages, found.slots) == (tuning.blocks(128, 2688, 1856).stages + 1, 1)
     assert found.stages * 40_960 + 16_384 + 1024 <= tuning.SHARED_MEMORY
 
 
