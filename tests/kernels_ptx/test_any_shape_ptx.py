@@ -179,15 +179,15 @@ def test_a_token_of_a_mamba_layer(rows, groups, heads, width, size, taps, dtype,
 def test_scan(rows, length, groups, heads, width, state, pieces, packed, gradient, numbers, how, patch):
     pieces = min(pieces, -(-length // ssd_tuning.CHUNK))  # there may be more chunks than the sequence has
     patch.setattr(ssd_tuning, "_piece", lambda chunks, thread_blocks: -(-chunks // pieces))
-    each, low = (groups, heads), lambda *args: as_bfloat16(random(*args))
+    each, low = (groups, heads), lambda *args: as_bfloat16(abs(random(*args)))  # sums that do not cancel
     values = (
         low(1, rows, length, *each, width),
-        low(2, rows, length, *each),
+        as_bfloat16(random(2, rows, length, *each)),
         -jnp.asarray(np.random.default_rng(0).uniform(0.1, 16, each), jnp.float32),
         low(3, rows, length, groups, 64 * state) / 8,
         low(4, rows, length, groups, 64 * state),
         *(jnp.asarray(random(seed, *each)) for seed in (5, 6)),
-        jnp.asarray(random(7, rows, *each, width, 64 * state)),
+        jnp.asarray(abs(random(7, rows, *each, width, 64 * state))),
     )
     docs = numbers.draw(documents(rows, length)) if packed else np.ones((rows, length), np.int32)
     options = dict(documents=jnp.asarray(docs), initial_document=number(*[1] * rows)) if packed else {}
@@ -197,10 +197,10 @@ def test_scan(rows, length, groups, heads, width, state, pieces, packed, gradien
         if not gradient:
             return forward(*values)
         results, back = jax.vjp(forward, *values)
-        dy = jnp.where(jnp.asarray(docs > 0)[..., None, None, None], random(20, *results[0].shape), 0)
-        return *results, *back((dy.astype(results[0].dtype), jnp.asarray(random(21, *results[1].shape))))
+        dy = jnp.where(jnp.asarray(docs > 0)[..., None, None, None], abs(random(20, *results[0].shape)), 0)
+        return *results, *back((dy.astype(results[0].dtype), jnp.asarray(abs(random(21, *results[1].shape)))))
 
-    rough = 0.1  # gradients that are sums over all tokens, of terms of either sign
+    rough = 0.1  # gradients whose terms have either sign
     bounds = [2e-2, 2e-2, *(2e-2, 2e-2, rough, 2e-2, 2e-2, rough, rough, 2e-2)[: 8 * gradient]]
     like_the_reference(how, run, values, bounds, lambda found: (found[0][docs > 0], *found[1:]))
 
