@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax._src import config
+from jax.custom_batching import custom_vmap
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -151,36 +152,59 @@ def launch(
       approximate: exponentials and roots by the special function unit, to 2^-22 or so. (Division always is.)
       semantics: who finds the layouts of what is in registers: `Lane`, the kernel; `Warpgroup`, the compiler.
     """
-    grid = _startable(grid)
-    run = plgpu.kernel(
-        early(body, before),
-        out_type=out_type,
-        grid=tuple(grid.values()),
-        grid_names=tuple(grid),
-        cluster=tuple((cluster or {}).values()),
-        cluster_names=tuple(cluster or {}),
-        num_threads=threads,
-        thread_name="thread",
-        kernel_name=name,
-        scratch_types=list(scratch),
-        compiler_params=plgpu.CompilerParams(approx_math=approximate, lowering_semantics=semantics),
-    )
-    return _in_32_bits(run)
+
+    def kernel(grid):
+        return plgpu.kernel(
+            early(body, before),
+            out_type=out_type,
+            grid=tuple(grid.values()),
+            grid_names=tuple(grid),
+            cluster=tuple((cluster or {}).values()),
+            cluster_names=tuple(cluster or {}),
+            num_threads=threads,
+            thread_name="thread",
+            kernel_name=name,
+            scratch_types=list(scratch),
+            compiler_params=plgpu.CompilerParams(approx_math=approximate, lowering_semantics=semantics),
+        )
+
+    return _in_32_bits(_mapped(kernel, grid))
 
 
-def _startable(grid: Mapping[str, int]) -> Mapping[str, int]:
+def _mapped(kernel: Callable, grid: Mapping[str, int]) -> Callable:
+    """`kernel(grid)`, whose axes come from the shortest on under `vmap`, which puts one more in front of them."""
+    run = custom_vmap(kernel(_startable(grid)))
+
+    @run.def_vmap
+    def _(size, batched, *inputs):
+        shortest_first = _startable(dict(sorted(grid.items(), key=_length)), size)
+        axes = jax.tree.map(lambda mapped: 0 if mapped else None, batched)
+        results = jax.vmap(kernel(shortest_first), axes)(*inputs)
+        return results, jax.tree.map(lambda _: True, results)
+
+    return run
+
+
+def _startable(grid: Mapping[str, int], before: int = 1) -> Mapping[str, int]:
     """The axes in an order in which CUDA takes so many thread blocks: the one given, or from the shortest on.
 
     All axes but the last two are one for CUDA.
 
+    before: length of an axis in front of these.
+
     Raises:
       ValueError: there are too many in any order.
     """
-    for order in (grid, dict(sorted(grid.items(), key=lambda axis: axis[1]))):
-        *others, middle, _ = (1, 1, *order.values())
+    for order in (grid, dict(sorted(grid.items(), key=_length))):
+        *others, middle, _ = (1, before, *order.values())
         if max(math.prod(others), middle) <= _MOST_BLOCKS:
             return order
-    raise ValueError(f"a kernel needs {dict(grid)} thread blocks, more than CUDA starts at once; cut the batch")
+    mapped = f", {before} times by vmap" if before > 1 else ""
+    raise ValueError(f"a kernel needs {dict(grid)} thread blocks{mapped}, more than CUDA starts at once; cut the batch")
+
+
+def _length(axis: tuple[str, int]) -> int:
+    return axis[1]
 
 
 def _in_32_bits(run: Callable) -> Callable:

@@ -12,7 +12,7 @@ import re
 from typing import Any
 
 from experiments.h100_compiler import LAUNCHES
-from experiments.ptx_machine.laws import UnknownInstruction
+from experiments.ptx_machine.laws import TooManyBlocks, UnknownInstruction
 
 # Codes of element types in Mosaic's descriptors (jax.experimental.mosaic.gpu.launch_context) and their bytes.
 _ELEMENT_BYTES = {1: 1, 2: 2, 3: 4, 4: 8, 5: 2, 6: 4, 7: 2, 9: 4, 10: 8}
@@ -20,6 +20,7 @@ _ELEMENT_BYTES = {1: 1, 2: 2, 3: 4, 4: 8, 5: 2, 6: 4, 7: 2, 9: 4, 10: 8}
 _BYTES = {"i8": 1, "i16": 2, "half": 2, "bfloat": 2, "i32": 4, "float": 4, "i64": 8, "ptr": 8, "structure": 8}
 _TYPE_OF_MANY = re.compile(r"\[[^][{}]*\]|\{[^{}]*\}")
 _LINE = re.compile(r"(?:(?P<result>%\d+) = )?(?:call \w+ )?(?P<op>@?\w+)(?P<rest>.*?)(?:, align \d+)?$")
+_MOST_BLOCKS = 65_535  # along y and z (CUDA programming guide, "Compute capabilities")
 _OPERAND = re.compile(r"%\d+|undef|poison|(?<![\w@])-?\d+")
 
 
@@ -135,6 +136,8 @@ class _Host:
         arguments = [self.stack.get(place, place) for place in self.read(parameters, count)]
         described = [a if isinstance(a.place, int) else self.descriptors[a.place] for a in arguments]
         cluster = tuple(max(blocks, 1) for blocks in numbers[3:6])
+        if max(numbers[1:3]) > _MOST_BLOCKS:
+            raise TooManyBlocks(f"a grid of {numbers[:3]} blocks")
         return Launch(numbers[:3], cluster, math.prod(numbers[6:9]), shared, tuple(described))
 
 
@@ -142,7 +145,7 @@ def read_launch(text: str) -> Launch:
     """The launch of a kernel from its host function.
 
     Raises:
-      UnknownInstruction: the host does more than fill in descriptors.
+      UnknownInstruction: the host does more than fill in descriptors. TooManyBlocks: for CUDA.
     """
     host = None
     for line in filter(None, map(str.strip, text.splitlines())):

@@ -112,6 +112,12 @@ class PeerGone(LawBroken):
     look_for = "a wait for the last arrivals of the peers before the exit"
 
 
+class TooManyBlocks(LawBroken):
+    """A grid is longer along y or z than CUDA launches."""
+
+    look_for = "the order of the grid's axes: x is the last one, y the one before it, z all others"
+
+
 class UnknownInstruction(LawBroken):
     """The machine has no meaning for this instruction or directive."""
 

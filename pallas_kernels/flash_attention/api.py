@@ -64,6 +64,8 @@ def flash_attention(
     check_shapes("flash_attention", expected)
     refuses_cudnn = cudnn.supports(q, k, v, start, documents)
     refusals = {"mosaic_gpu": lambda: mosaic_gpu.supports(q, k, v), "cudnn": lambda: refuses_cudnn}
+    if documents is not None:
+        documents, key_documents = documents.astype(jnp.int32), key_documents.astype(jnp.int32)
     if start is None:
         start = jnp.zeros((batch,), jnp.int32)
     run = choose("flash_attention", IMPLEMENTATIONS, implementation, refusals, _best)

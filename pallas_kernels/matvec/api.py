@@ -45,7 +45,7 @@ def dot_rows(
         raise ValueError(f"dot_rows: x {x.shape} and weights {[w.shape for w in weights]} do not fit together")
     if norm is not None:
         norm.check(x, "dot_rows")
-    refusals = {"mosaic_gpu": lambda: mosaic_gpu.supports(x, *weights, norm=norm)}
+    refusals = {"mosaic_gpu": lambda: mosaic_gpu.supports(x, *weights, norm=norm, result=dtype)}
     best = _best if x.shape[0] <= FEW_ROWS else None
     return choose("dot_rows", IMPLEMENTATIONS, implementation, refusals, best)(x, list(weights), dtype, norm)
 

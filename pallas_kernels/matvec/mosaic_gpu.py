@@ -76,11 +76,17 @@ class Factors(NamedTuple):
     each: int
 
 
-def supports(x: jax.Array, *matrices: jax.Array, norm: Norm | None = None) -> str | None:
-    """Why these kernels cannot run on such rows, after a norm, and such matrices [..., F, L], or None if they can."""
+def supports(x: jax.Array, *matrices: jax.Array, norm: Norm | None = None, result: Any = jnp.float32) -> str | None:
+    """Why these kernels cannot run on such rows, after a norm, and such matrices [..., F, L], or None if they can.
+
+    result: dtype of what they give.
+    """
     dtypes = jnp.dtype(x.dtype if norm is None else norm.dtype), *(m.dtype for m in matrices)
     if any(dtype != jnp.bfloat16 for dtype in dtypes):
         return f"x is {dtypes[0]}, the matrices {', '.join(map(str, dtypes[1:]))}, but all must be bfloat16"
+    outside = [jnp.dtype(result), *(() if norm is None else (x.dtype, norm.weight.dtype))]
+    if any(dtype.itemsize not in (2, 4) for dtype in outside):
+        return f"results and what is normalised must have 16 or 32 bits, got {', '.join(map(str, outside))}"
     if not 0 < x.shape[0] <= MATRIX_ROWS:
         return f"there are {x.shape[0]} rows, not 1 to {MATRIX_ROWS}"
     if 0 in (x.shape[1], *(n for m in matrices for n in m.shape)):

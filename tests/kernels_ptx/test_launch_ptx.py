@@ -1,12 +1,19 @@
 """How the PTX machine reads a launch from the host's code, of both forms that Mosaic has given it."""
 
+import math
 import re
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import SingleDeviceSharding
 
+from experiments.h100_compiler import made_anew
 from experiments.ptx_machine import Descriptor, Launch, Pointer
 from experiments.ptx_machine.launch import read_launch
-from experiments.ptx_machine.laws import UnknownInstruction
+from experiments.ptx_machine.laws import TooManyBlocks, UnknownInstruction
+from nemojax.gpu_targets import abstract_devices, compile_absent, gpu
+from pallas_kernels.flash_attention import flash_attention
 
 # A view that begins at element 6 of the second array, 2 bytes each; a descriptor of its 3 x 5, at byte 128 of two.
 VIEW = """
@@ -79,3 +86,27 @@ def test_a_host_that_does_more_is_refused(line, name):
 def test_a_host_that_launches_nothing_is_refused():
     with pytest.raises(UnknownInstruction, match="no launch"):
         read_launch("define void @f(ptr %0, ptr %1) {\n  %3 = load ptr, ptr %1, align 8\n")
+
+
+@pytest.mark.parametrize("grid", ["7, i32 65536, i32 1", "7, i32 1, i32 65536"], ids="yz")
+def test_more_blocks_than_cuda_launches_are_refused(grid):
+    with pytest.raises(TooManyBlocks, match="65536"):
+        read_launch(COPIED.replace("i32 4, i32 2, i32 1", "i32 " + grid))
+
+
+@pytest.mark.parametrize(
+    "many, queries, slots, heads, kernels",
+    [(4096, 1, 8192, 32, 2), (512, 8, 8192, 32, 2), (8, 2**20, 2**20, 2, 1)],
+    ids=["a-token-each", "eight-tokens-each", "a-million-tokens"],
+)
+def test_so_many_under_vmap_are_launched(many, queries, slots, heads, kernels):
+    """The axis that `vmap` puts in front of a grid is one with all others but the last two."""
+    pytest.importorskip("jax_cuda13_plugin")
+    place = SingleDeviceSharding(abstract_devices(gpu("h100"), 1)[0])
+    array = lambda *shape, dtype: jax.ShapeDtypeStruct((many, 1, *shape), dtype, sharding=place)
+    keys = array(slots, heads // 16 or 1, 128, dtype=jnp.bfloat16)
+    run = lambda q, k, v, start: flash_attention(q, k, v, start=start, implementation="mosaic_gpu")
+    queries, start = array(queries, heads, 128, dtype=jnp.bfloat16), array(dtype=jnp.int32)
+    with made_anew() as made:
+        compile_absent(jax.jit(jax.vmap(run)).trace(queries, keys, keys, start))
+    assert [math.prod(read_launch(kernel.host).grid) % many for kernel in made] == [0] * kernels

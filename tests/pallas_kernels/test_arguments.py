@@ -15,6 +15,7 @@ from pallas_kernels.expert_mlp import expert_mlp, gather_rows, token_mlp
 from pallas_kernels.flash_attention import flash_attention
 from pallas_kernels.mamba_step import mamba_step
 from pallas_kernels.matvec import dot_rows
+from pallas_kernels.norm import Norm
 from pallas_kernels.router import Rule, choose_experts
 from pallas_kernels.ssd import ssd
 
@@ -138,6 +139,27 @@ def test_attention_of_keys_that_do_not_fit(axis):
 def test_rows_that_are_no_matrix():
     with pytest.raises(ValueError, match="dot_rows: x"):
         dot_rows(jnp.ones(8), [jnp.ones((4, 8))], jnp.float32)
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernels need jax 0.11")
+def test_results_and_norms_of_other_sizes_are_refused_before_mosaic_does():
+    x, weight = (jnp.ones(shape, jnp.bfloat16) for shape in ((1, 64), (64, 64)))
+    run = functools.partial(dot_rows, x, [weight], implementation="mosaic_gpu")
+    with pytest.raises(ValueError, match="16 or 32 bits, got int8;"):
+        run(jnp.int8)
+    with jax.enable_x64(True), pytest.raises(ValueError, match="16 or 32 bits, got float32, bfloat16, float64;"):
+        run(jnp.float32, norm=Norm(jnp.ones(64, jnp.float64), 1e-5, jnp.dtype(jnp.bfloat16)))
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernels need jax 0.11")
+@pytest.mark.parametrize("dtype", ["int8", "uint32"])
+def test_documents_are_counted_in_any_integers(dtype):
+    q, keys = jnp.ones((1, 5, 2, 128), jnp.bfloat16), jnp.ones((1, 5, 1, 128), jnp.bfloat16)
+    numbers = jnp.array([[1, 1, 0, 2, 2]], jnp.int32)
+    run = lambda numbers: jax.make_jaxpr(
+        lambda n: flash_attention(q, keys, keys, documents=n, key_documents=n, implementation="mosaic_gpu")
+    )(numbers)
+    assert run(numbers.astype(dtype)).out_avals == run(numbers).out_avals
 
 
 def test_a_named_kernel_is_not_replaced():

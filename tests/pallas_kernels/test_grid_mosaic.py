@@ -32,6 +32,14 @@ def test_the_axis_that_may_be_long_comes_last(grid, order):
     assert math.prod(others) <= MOST and middle <= MOST
 
 
+def test_an_axis_in_front_counts():
+    grid = dict(batch=64, tile=2, head=1024)
+    assert list(mosaic._startable(grid)) == list(mosaic._startable(grid, 1023)) == list(grid)
+    assert list(mosaic._startable(grid, 1024)) == ["tile", "batch", "head"]
+    with pytest.raises(ValueError, match="65535 times by vmap"):
+        mosaic._startable(grid, MOST)
+
+
 def test_too_many_in_any_order():
     with pytest.raises(ValueError, match="'batch': 65536, 'head': 70000"):
         mosaic._startable(dict(batch=MOST + 1, head=70_000, tile=1))
@@ -41,9 +49,9 @@ def test_too_many_in_any_order():
 def two_at_once(monkeypatch):
     orders, startable = [], mosaic._startable
 
-    def recorded(grid):
-        orders.append((list(grid), list(startable(grid))))
-        return startable(grid)
+    def recorded(grid, before=1):
+        orders.append((list(grid), list(startable(grid, before))))
+        return startable(grid, before)
 
     monkeypatch.setattr(mosaic, "_MOST_BLOCKS", 2)
     monkeypatch.setattr(mosaic, "_startable", recorded)
