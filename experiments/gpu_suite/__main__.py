@@ -98,7 +98,7 @@ def _about(tiny: bool) -> dict[str, str] | None:
     if not tiny and "NVIDIA" not in card:
         return None
     whose, peaks = operations.peaks(card)
-    floors = f"{peaks.nbytes / 1e12:.2f} TB/s and {peaks.flops / 1e12:,.0f} TFLOP/s"
+    floors = f"{peaks.nbytes / 1e12:.3g} TB/s and {peaks.flops / 1e12:.3g} TFLOP/s"
     return {
         "card": card,
         "date": datetime.date.today().isoformat(),

@@ -288,7 +288,13 @@ def test_whose_peaks_the_floors_are_for():
     assert operations.peaks("NVIDIA H200") == ("NVIDIA H200", Work(GPUS["h200"].bandwidth, rooflines.PEAK_FLOPS))
     assert operations.peaks("NVIDIA B200") == ("NVIDIA H100 80GB HBM3", H100)
     about = suite._about(tiny=True)
-    assert about["floors"].startswith("3.35 TB/s and 989 TFLOP/s, an NVIDIA H100") and about["card"] == "cpu"
+    assert (about["card"], about["floors"]) == ("cpu", "0.01 TB/s and 0.01 TFLOP/s")
+
+
+def test_an_unknown_card_is_said(monkeypatch):
+    answer = subprocess.CompletedProcess([], 0, stdout="0.11.2|cuda|NVIDIA B200\n")
+    monkeypatch.setattr(suite.subprocess, "run", lambda *a, **k: answer)
+    assert suite._about(tiny=False)["floors"].startswith("3.35 TB/s and 989 TFLOP/s, an NVIDIA H100 80GB HBM3's: this")
 
 
 # -------------------------------------------------------------------------------------------------- whole runs
