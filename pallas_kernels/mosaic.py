@@ -177,9 +177,8 @@ def _mapped(kernel: Callable, grid: Mapping[str, int]) -> Callable:
 
     @run.def_vmap
     def _(size, batched, *inputs):
-        shortest_first = _startable(dict(sorted(grid.items(), key=_length)), size)
         axes = jax.tree.map(lambda mapped: 0 if mapped else None, batched)
-        results = jax.vmap(kernel(shortest_first), axes)(*inputs)
+        results = jax.vmap(kernel(_startable(_shortest_first(grid), size)), axes)(*inputs)
         return results, jax.tree.map(lambda _: True, results)
 
     return run
@@ -195,7 +194,7 @@ def _startable(grid: Mapping[str, int], before: int = 1) -> Mapping[str, int]:
     Raises:
       ValueError: there are too many in any order.
     """
-    for order in (grid, dict(sorted(grid.items(), key=_length))):
+    for order in (grid, _shortest_first(grid)):
         *others, middle, _ = (1, before, *order.values())
         if max(math.prod(others), middle) <= _MOST_BLOCKS:
             return order
@@ -203,8 +202,8 @@ def _startable(grid: Mapping[str, int], before: int = 1) -> Mapping[str, int]:
     raise ValueError(f"a kernel needs {dict(grid)} thread blocks{mapped}, more than CUDA starts at once; cut the batch")
 
 
-def _length(axis: tuple[str, int]) -> int:
-    return axis[1]
+def _shortest_first(grid: Mapping[str, int]) -> Mapping[str, int]:
+    return dict(sorted(grid.items(), key=lambda axis: axis[1]))
 
 
 def _in_32_bits(run: Callable) -> Callable:

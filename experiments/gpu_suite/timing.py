@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -55,16 +55,16 @@ class Turns(NamedTuple):
     sets: int
     calls: int
     rounds: int
-    replaced: dict[int, int]
+    replaced: Mapping[int, int]
 
     @classmethod
-    def of(cls, run: Callable, inputs: tuple, expected: float, replaced: dict[int, int] | None = None) -> Turns:
+    def of(cls, run: Callable, inputs: tuple, expected: float, replaced: Mapping[int, int]) -> Turns:
         """For calls of `expected` seconds at the least: enough sets for the cache and no more than the memory holds."""
         nbytes = max(1, sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(inputs)))
         sets = int(max(1, min(max(2 * CACHE / nbytes, 2), CALLS, MOST // nbytes)))
         expected = max(expected, QUICKEST)
         calls = max(sets, min(CALLS, math.ceil(ROUND / expected)))
-        return cls(run, inputs, sets, calls, math.ceil(QUEUE / (calls * expected)), replaced or {})
+        return cls(run, inputs, sets, calls, math.ceil(QUEUE / (calls * expected)), replaced)
 
     @property
     def all_calls(self) -> int:

@@ -77,8 +77,8 @@ def test_a_head_that_is_the_embedding_is_read_too():
 # ------------------------------------------------------------------------------------------------------ timer
 
 
-def timed(run, sets, calls, rounds, launches=4, **options):
-    turns = timing.Turns(run, jax.eval_shape(lambda *a: a, *sets[0]), len(sets), calls, rounds, options)
+def timed(run, sets, calls, rounds, launches=4):
+    turns = timing.Turns(run, jax.eval_shape(lambda *a: a, *sets[0]), len(sets), calls, rounds, {})
     return timing.device_seconds(turns, turns.compiled().run, sets, launches)
 
 
@@ -117,7 +117,7 @@ def test_a_result_that_replaces_an_argument_is_that_of_the_round_before(monkeypa
 )
 def test_sets_of_inputs(nbytes, expected, sets, calls, rounds):
     """More than the L2, enough work to hide the host, and no more memory than there is."""
-    turns = timing.Turns.of(abs, (jax.ShapeDtypeStruct((int(nbytes),), jnp.int8),), expected)
+    turns = timing.Turns.of(abs, (jax.ShapeDtypeStruct((int(nbytes),), jnp.int8),), expected, {})
     assert (turns.sets, turns.calls, turns.rounds) == (sets, calls, rounds)
 
 

@@ -101,7 +101,6 @@ def test_more_blocks_than_cuda_launches_are_refused(grid):
 )
 def test_so_many_under_vmap_are_launched(many, queries, slots, heads, kernels):
     """The axis that `vmap` puts in front of a grid is one with all others but the last two."""
-    pytest.importorskip("jax_cuda13_plugin")
     place = SingleDeviceSharding(abstract_devices(gpu("h100"), 1)[0])
     array = lambda *shape, dtype: jax.ShapeDtypeStruct((many, 1, *shape), dtype, sharding=place)
     keys = array(slots, heads // 16 or 1, 128, dtype=jnp.bfloat16)
